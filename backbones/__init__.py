@@ -1,0 +1,26 @@
+"""Backbone families and the factory that creates them by name."""
+
+from . import biformer, crossformer, davit, maxvit, swin, vig
+from ._base import Backbone, FeaturePyramid
+from ._checkpoint import CheckpointError, load_checkpoint
+from ._inference import optimize_for_inference
+from ._registry import Family, ModelInfo, create_model, list_models, model_info
+
+__all__ = [
+    "Backbone",
+    "CheckpointError",
+    "Family",
+    "FeaturePyramid",
+    "ModelInfo",
+    "biformer",
+    "create_model",
+    "crossformer",
+    "davit",
+    "list_models",
+    "load_checkpoint",
+    "maxvit",
+    "model_info",
+    "optimize_for_inference",
+    "swin",
+    "vig",
+]

@@ -1,0 +1,225 @@
+"""Finding, unwrapping, converting and strictly loading a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from timm.models import adapt_input_conv
+from timm.models._hub import load_state_dict_from_hf, load_state_dict_from_path
+from torch import Tensor
+
+from ._base import Backbone, FeaturePyramid
+
+logger = logging.getLogger("striate")
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "model_ema", "state_dict_ema")
+EMA_WRAPPERS = ("model_ema", "state_dict_ema")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit the model."""
+
+
+def load_checkpoint(
+    model: Backbone | FeaturePyramid, source: str | Path | Mapping[str, Any], *, use_ema: bool = False
+) -> None:
+    """Load weights into `model`: our files, the authors' or timm's, `.pth` or `.safetensors`.
+
+    Wrappers (`model`, `state_dict`, …) and prefixes (`module.`, `backbone.`, `encoder.`) are recognised, published keys
+    are converted, derived buffers are recomputed. Everything is checked before the first weight changes. These
+    adaptations are made, and reported once each as a warning of the logger `striate`: another number of classes
+    leaves the classifier as it is; another number of input channels adapts the first convolution; a position table of
+    another window is resized; classifier weights have no place in a feature pyramid; norms of a feature pyramid that a
+    classification checkpoint does not have stay as they are.
+
+    Args:
+        model: a model of `create_model`.
+        source: a file, or a mapping as it was saved.
+        use_ema: prefer averaged weights where the file has both.
+
+    Raises:
+        ValueError: (as `CheckpointError`) if the file is damaged, holds code, or keys or shapes do not fit; all
+            missing and unexpected keys are counted and the first ones named.
+    """
+    label = "the state dict" if isinstance(source, Mapping) else str(source)
+    content = source if isinstance(source, Mapping) else read_file(Path(source))
+    state = _unwrap(content, use_ema, label)
+    target = model.state_dict()
+    if state.keys() != target.keys():
+        state = _canonical(model, state)
+    state = _fit(model, state, target, label)
+    model.load_state_dict(state, strict=False)  # what may be missing was settled above
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """Read a `.safetensors` or PyTorch file without running any code in it.
+
+    Raises:
+        ValueError: (as `CheckpointError`) if there is no such file or it cannot be read safely.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint file {path}")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise CheckpointError(f"{path} is empty; download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull`")
+    if head.lstrip()[:1] == b"<":
+        raise CheckpointError(f"{path} is a web page, not the weights; the download link is probably dead")
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path} is a damaged safetensors file ({error}); download it again") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training files carry their arguments
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = ", ".join(sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))) or str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} holds more than tensors ({named}), or is damaged; it was refused and no code in it ran."
+            " Save its state dict alone, or convert it to safetensors, where you trust it"
+        ) from error
+    except Exception as error:  # damaged bytes raise nearly anything: IndexError, struct.error, AssertionError, …
+        raise CheckpointError(f"{path} is damaged or no PyTorch file ({error}); download it again") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def read_pretrained(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> Mapping[str, Any]:
+    """Weights named by a config of timm's form: a folder or file, or a hub repository.
+
+    Raises:
+        ValueError: (as `CheckpointError`) if the config names none.
+    """
+    if cfg.get("state_dict"):
+        return cfg["state_dict"]
+    if file := cfg.get("file"):
+        return _read_folder(Path(file)) if Path(file).is_dir() else read_file(Path(file))
+    if hub := cfg.get("hf_hub_id"):
+        return load_state_dict_from_hf(hub, weights_only=True, cache_dir=cache_dir)
+    raise CheckpointError(
+        f"pretrained=True, but no working download of {cfg.get('architecture', 'this model')} is known;"
+        " pass checkpoint_path=FILE with the authors' file, or pretrained=False"
+    )
+
+
+def _read_folder(folder: Path) -> Mapping[str, Any]:
+    try:
+        return load_state_dict_from_path(folder, weights_only=True)
+    except Exception as error:  # of nearly any type, see `read_file`
+        raise CheckpointError(f"the weights in {folder} cannot be read safely: {error}") from error
+
+
+def _unwrap(content: Mapping[str, Any], use_ema: bool, label: str) -> dict[str, Tensor]:
+    names = (*EMA_WRAPPERS, *WRAPPERS) if use_ema else WRAPPERS
+    for name in names:
+        if isinstance(content.get(name), Mapping):
+            return _unwrap(content[name], use_ema, label)
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)}
+    if not state:
+        raise CheckpointError(f"{label} holds no named tensors; its keys are {', '.join(map(str, list(content)[:8]))}")
+    for prefix in ("module.", "_orig_mod."):  # of data-parallel and compiled models
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _canonical(model: Backbone | FeaturePyramid, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys as `model` has them: prefixes stripped, published names converted, what has no place in it left out."""
+    backbone = model.backbone if isinstance(model, FeaturePyramid) else model
+    norms = {key: value for key, value in state.items() if key.startswith("norms.")}
+    for prefix in ("backbone.", "encoder."):
+        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if inside:
+            if dropped := len(state) - len(inside) - len(norms):
+                logger.warning("left out %d tensors outside %s* of the checkpoint", dropped, prefix)
+            state = {**inside, **norms}
+            break
+    state = backbone.convert(state)
+    if not isinstance(model, FeaturePyramid):
+        return state
+    kept = {}
+    last = max(model.out_indices)
+    for key, value in state.items():
+        stage = re.match(rf"(?:norms|{backbone.stages_name})\.(\d+)\.", key)
+        if key.startswith("norms."):
+            if model.norms is not None and stage and stage[1] in model.norms:
+                kept[key] = value
+        elif not key.startswith(("head.", "norm.")) and (stage is None or int(stage[1]) <= last):
+            kept[f"backbone.{key}"] = value
+    left = state.keys() - {key.removeprefix("backbone.") for key in kept}
+    if parts := sorted({re.match(r"[^.]+(\.\d+)?", key)[0] for key in left}):  # type: ignore[index]
+        logger.warning("a feature pyramid has no place for %s of the checkpoint: left out", ", ".join(parts))
+    return kept
+
+
+def _fit(
+    model: Backbone | FeaturePyramid, state: dict[str, Tensor], target: dict[str, Tensor], label: str
+) -> dict[str, Tensor]:
+    """Adapt shapes where that has a meaning; raise if anything is left over.
+
+    The keys of the result are those of `target`, but for a classifier that stays as it is.
+    """
+    backbone = model.backbone if isinstance(model, FeaturePyramid) else model
+    convs = backbone.pretrained_cfg["first_conv"]
+    prefix = "" if backbone is model else "backbone."
+    first = {f"{prefix}{name}.weight" for name in ([convs] if isinstance(convs, str) else convs)}
+    optional = {key for key in target if key.endswith("num_batches_tracked")}
+    state = dict(state)
+    wanted = target["head.fc.weight"].shape[0] if "head.fc.weight" in target else 0
+    if backbone is model and "head.fc.weight" in state and state["head.fc.weight"].shape[0] != wanted:
+        logger.warning("the checkpoint has %d classes, the model %d: its classifier was not loaded",
+                       state.pop("head.fc.weight").shape[0], wanted)  # fmt: skip
+        state.pop("head.fc.bias", None)
+        optional |= {"head.fc.weight", "head.fc.bias"}
+    norms = {key for key in target if key.startswith("norms.")}
+    if norms and not norms & state.keys():
+        logger.warning("the checkpoint has no feature norms: those of the pyramid stay as they are")
+        optional |= norms
+    missing = sorted(target.keys() - state.keys() - optional)
+    unexpected = sorted(state.keys() - target.keys())
+    shapes = []
+    if not missing and not unexpected:
+        state = {key: _adapted(backbone, key, value, target[key], key in first) for key, value in state.items()}
+        shapes = [
+            f"{key} is {tuple(value.shape)}, the model's {tuple(target[key].shape)}"
+            for key, value in state.items()
+            if value.shape != target[key].shape
+        ]
+    if missing or unexpected or shapes:
+        found = [_sample("missing", missing), _sample("unexpected", unexpected), _sample("of another shape", shapes)]
+        raise CheckpointError(
+            f"{label} does not fit {backbone.pretrained_cfg['architecture']}: {'; '.join(filter(None, found))}."
+            " Is it another model or size? (a detection checkpoint wants features_only=True, feature_norms=True)"
+        )
+    return state
+
+
+def _adapted(backbone: Backbone, key: str, value: Tensor, target: Tensor, is_first: bool) -> Tensor:
+    """`value` in the shape of `target` where that has a meaning, else as it is."""
+    if value.ndim != target.ndim or value.shape == target.shape:
+        return value
+    if not is_first:
+        return backbone.adapt(key.removeprefix("backbone."), value)
+    if value.shape[1] != 3 or value.shape[0] != target.shape[0] or value.shape[2:] != target.shape[2:]:
+        return value
+    logger.warning("adapted %s from 3 input channels to %d", key, target.shape[1])
+    return adapt_input_conv(target.shape[1], value)
+
+
+def _sample(what: str, items: list[str], count: int = 6) -> str:
+    if not items:
+        return ""
+    return f"{len(items)} {what} ({', '.join(items[:count])}{', …' if len(items) > count else ''})"
