@@ -1,0 +1,181 @@
+"""Pushing models to folders and hubs, and pulling them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from .. import __version__
+from .card import is_untouched, render_card
+from .config import describe, read_config
+from .factory import create_model
+from .folders import check_replaceable, replaced
+from .sources import CARD, CONFIG, FILES, LOCAL, WEIGHTS, Repository, Source, parse_address
+
+logger = logging.getLogger("striate")
+
+
+def push(
+    model: nn.Module,
+    target: str,
+    *,
+    label_names: Sequence[str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    dataset: str | None = None,
+    recipe: str | None = None,
+    description: str | None = None,
+    licence: str | None = None,
+    private: bool | None = None,
+    commit_message: str = "Add model",
+) -> str:
+    """Publish `model` as config.json, model.safetensors and a model card, in timm's hub format.
+
+    Everything is first written elsewhere, created again from there and compared weight by weight; only then does it
+    take the place of what was there. `timm.create_model` loads it too, once `striate` has been imported.
+
+    A model card that somebody has edited is kept, one that is as it was written is replaced. Other files of the folder
+    or repository stay. A folder that holds files but no config.json is refused.
+
+    Args:
+        model: a model of `create_model`, feature pyramids included; one wrapped for training, compiled or averaged is
+            unwrapped.
+        target: `local-dir:PATH`, or `org/name[@branch]` on the Hugging Face Hub (huggingface_hub's login or HF_TOKEN).
+        label_names: one per class; default: those of `model.pretrained_cfg`.
+        metrics: numbers for the card, e.g. `{"top1": 88.1, "top5": 99.7}` in percent, measured on `dataset`.
+        dataset: identifier of the data, e.g. `fashion_mnist` or `org/name`.
+        recipe: how it was trained: a command line or a configuration, shown as it is.
+        description: first paragraph of the card.
+        licence: of the weights, e.g. `mit`; default: that of the architecture's source.
+        private: of a new repository; default: as the account says.
+        commit_message: of the commit to a hub.
+
+    Returns:
+        What `create_model` takes to load it: `local-dir:PATH`, or `hf-hub:org/name@commit`.
+
+    Raises:
+        ValueError: for a model that cannot be created again from a name and arguments, weights that are not numbers,
+            labels or metrics that do not fit, or a target that is not one. Nothing has changed then.
+    """
+    destination = parse_address(target)
+    model = unwrap_model(model)
+    config = describe(model, label_names)
+    state = _own_tensors(model)
+
+    def write(folder: Path) -> None:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(state, folder / WEIGHTS, {"format": "pt", "striate": __version__})
+        card = render_card(
+            f"{destination.kind}:{destination.location}",
+            config,
+            model,
+            _sha256(folder / WEIGHTS),
+            metrics=metrics,
+            dataset=dataset,
+            recipe=recipe,
+            description=description,
+            licence=licence,
+        )
+        (folder / CARD).write_text(card, encoding="utf-8")
+        _check_reload(folder, state)
+
+    if destination.kind == LOCAL:
+        folder = Path(destination.location)
+        with replaced(folder) as new:
+            write(new)
+            _keep_edited_card(folder / CARD, new / CARD)
+        return str(destination)
+    with tempfile.TemporaryDirectory() as work:
+        write(Path(work))
+        return _upload(Path(work), destination, private, commit_message)
+
+
+def pull(source: str, target: str | Path | None = None) -> Path:
+    """Fetch a saved model: config.json, model.safetensors and, where there is one, the model card.
+
+    Args:
+        source: `org/name[@revision]` or `hf-hub:org/name[@revision]`, or `local-dir:PATH`.
+        target: folder to copy it to, replaced as a whole; default: leave it where it is, in huggingface_hub's cache or
+            the source folder.
+
+    Returns:
+        The folder with the files.
+
+    Raises:
+        ValueError: if the source has no such files, config.json is malformed, or `target` holds other things.
+            huggingface_hub's errors about the network and access rights pass through.
+    """
+    if target is not None:
+        check_replaceable(Path(target))
+    repository = Repository(parse_address(source))
+    config = repository.file(CONFIG)
+    read_config(config)
+    weights, card = repository.file(WEIGHTS), repository.optional_file(CARD)
+    if target is None:
+        return config.parent
+    with replaced(Path(target)) as new:
+        for path in filter(None, (config, weights, card)):
+            shutil.copyfile(path, new / path.name)
+    return Path(target)
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as contiguous CPU copies, since safetensors refuses shared memory."""
+    state = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in model.state_dict().items()}
+    if broken := [key for key, value in state.items() if value.is_floating_point() and bool(value.isnan().any())]:
+        raise ValueError(f"{len(broken)} tensors hold NaN ({', '.join(broken[:3])}); such a model is not published")
+    return state
+
+
+def _check_reload(folder: Path, state: dict[str, Tensor]) -> None:
+    """Create the model from what was written and compare it with what was meant."""
+    with torch.random.fork_rng(devices=[]):  # initialising it must not disturb a training that pushes on its way
+        found = create_model(f"{LOCAL}:{folder}").state_dict()
+    differing = sorted(found.keys() ^ state.keys())
+    differing += [key for key, value in state.items() if key in found and not _equal(found[key], value)]
+    if differing:
+        raise ValueError(
+            f"the model comes back differently: {len(differing)} tensors ({', '.join(differing[:3])}) do not follow"
+            " from its name and arguments; push it as it was created"
+        )
+
+
+def _equal(found: Tensor, wanted: Tensor) -> bool:
+    return found.shape == wanted.shape and torch.equal(found.to(wanted.dtype), wanted)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _keep_edited_card(old: Path, new: Path) -> None:
+    if old.is_file() and not is_untouched(old.read_text(encoding="utf-8")):
+        logger.warning("%s was edited, so it is kept; what it says about metrics may be out of date", old)
+        shutil.copyfile(old, new)
+
+
+def _upload(folder: Path, destination: Source, private: bool | None, commit_message: str) -> str:
+    """One commit with all files, on the branch of `destination`."""
+    api = HfApi(library_name="striate", library_version=__version__)
+    name = destination.location
+    if not api.repo_exists(name):
+        api.create_repo(name, private=private)
+    elif api.file_exists(name, CARD, revision=destination.revision):
+        _keep_edited_card(Repository(destination).file(CARD), folder / CARD)
+    files = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in FILES]
+    commit = api.create_commit(name, files, commit_message=commit_message, revision=destination.revision)
+    return str(Source(destination.kind, name, commit.oid))
