@@ -1,0 +1,1 @@
+"""Training recipes as YAML, one per model and data set: `striate train --config biformer/nano_fashion`."""

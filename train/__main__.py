@@ -1,0 +1,7 @@
+"""`python -m striate.train …` is `striate train …`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main(["train", *sys.argv[1:]]))
