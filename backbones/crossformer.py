@@ -212,7 +212,7 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _build(arch: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    return build(CrossFormer, arch, {"dense": kwargs.get("features_only", False), **kwargs})
+    return build(CrossFormer, {**arch, "dense": kwargs.get("features_only", False)}, kwargs)
 
 
 _SMALL = dict(dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))

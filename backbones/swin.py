@@ -293,7 +293,7 @@ DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
 
 def _build(arch: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    return build(Swin, arch, {"dense": kwargs.get("features_only", False), **kwargs})
+    return build(Swin, {**arch, "dense": kwargs.get("features_only", False)}, kwargs)
 
 
 _TINY = dict(dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))

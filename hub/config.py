@@ -84,8 +84,6 @@ def _model_args(model: nn.Module, body: nn.Module) -> dict[str, Any]:
         args["num_classes"] = body.num_classes
         if isinstance(pool := getattr(body, "global_pool", None), str):
             args["global_pool"] = pool
-    if args.get("dense") == isinstance(model, FeaturePyramid):
-        del args["dense"]  # Swin's default follows features_only, also where that is overridden on loading
     for key, value in args.items():
         try:
             json.dumps(value)

@@ -135,7 +135,7 @@ def test_the_config_describes_the_model_as_built() -> None:
     model = striate.create_model("swin_tiny", depths=(1, 1, 1, 1), num_classes=7, in_chans=1, img_size=(96, 128))
     assert model.pretrained_cfg["num_classes"] == 7
     assert model.pretrained_cfg["input_size"] == (1, 96, 128)
-    assert model.model_args == {"depths": (1, 1, 1, 1), "in_chans": 1, "img_size": (96, 128), "dense": False}
+    assert model.model_args == {"depths": (1, 1, 1, 1), "in_chans": 1, "img_size": (96, 128)}
     again = striate.create_model("swin_tiny", num_classes=7, **model.model_args)
     again.load_state_dict(model.state_dict())
 
