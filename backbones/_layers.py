@@ -6,11 +6,19 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, NormMlpClassifierHead
+from timm.layers import LayerNorm2d, NormMlpClassifierHead, trunc_normal_
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops.partition import pad_map
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initialise a linear layer as most papers here do: truncated normal of 0.02, bias 0. For `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class Mlp(nn.Module):

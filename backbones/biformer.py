@@ -10,13 +10,13 @@ import re
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..ops import route_regions, routing_attention
 from ..ops.partition import Size, crop, pad_map, to_size
 from ._base import Backbone, Stage
-from ._layers import BatchNorm, ConvNorm, Mlp, channels_last_conv, image_to_map
+from ._layers import BatchNorm, ConvNorm, Mlp, channels_last_conv, image_to_map, init_linear
 from ._registry import Family, build, register
 
 BIFORMER = Family(
@@ -163,14 +163,7 @@ class BiFormer(Backbone):
             self.stages.append(Stage(_downsample(dims[i - 1], dim, swin_layout) if i else nn.Identity(), blocks))
         self.norm = BatchNorm(dims[-1])
         self.build_head(dims, [4 * 2**i for i in range(len(dims))], num_classes, global_pool, drop_rate)
-        self.apply(self._init_weights)
-
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
     def feature_norm(self, dim: int) -> nn.Module:
         """The authors' `extra_norms`."""

@@ -12,14 +12,14 @@ import re
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..ops import window_attention
 from ..ops.partition import Size, pad_map
 from ..ops.position import DynamicPositionBias
 from ._base import Backbone, Stage
-from ._layers import Mlp, channels_last_conv, image_to_map
+from ._layers import Mlp, channels_last_conv, image_to_map, init_linear
 from ._registry import Family, build, register
 
 CROSSFORMER = Family(
@@ -179,13 +179,7 @@ class CrossFormer(Backbone):
             self.layers.append(Stage(PatchMerging(width // 2) if i else nn.Identity(), blocks))
         self.norm = nn.LayerNorm(dims[-1])
         self.build_head(dims, [4 * 2**i for i in range(len(dims))], num_classes, global_pool, drop_rate)
-        self.apply(self._init_weights)
-
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
     @staticmethod
     def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:

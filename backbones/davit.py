@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..ops import channel_attention, window_attention
 from ..ops.partition import Size, pad_map, to_size
 from ._base import Backbone, Stage
-from ._layers import Mlp, PooledNormHead, channels_last_conv, image_to_map
+from ._layers import Mlp, PooledNormHead, channels_last_conv, image_to_map, init_linear
 from ._registry import Family, build, register
 
 DAVIT = Family("davit", "DaViT", "https://arxiv.org/abs/2204.03645", "https://github.com/dingmyu/davit", "MIT")
@@ -148,14 +148,7 @@ class DaViT(Backbone):
         strides = [4 * 2**i for i in range(len(dims))]
         head = PooledNormHead(dims[-1], num_classes, None, global_pool, drop_rate)
         self.build_head(dims, strides, num_classes, global_pool, drop_rate, head)
-        self.apply(self._init_weights)
-
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
     @staticmethod
     def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from ..ops.partition import Size, pad_map, to_size
 from ..ops.position import log_coordinates, resize_bias_table
 from ._base import Backbone, Stage
 from ._checkpoint import logger
-from ._layers import Mlp, channels_last_conv, image_to_map
+from ._layers import Mlp, channels_last_conv, image_to_map, init_linear
 from ._registry import Family, build, register
 
 V1 = Family(
@@ -233,11 +233,8 @@ class Swin(Backbone):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, Block) and module.post_norm:  # V2 blocks start as identities
+        init_linear(module)
+        if isinstance(module, Block) and module.post_norm:  # V2 blocks start as identities
             nn.init.zeros_(module.norm1.weight)
             nn.init.zeros_(module.norm2.weight)
 

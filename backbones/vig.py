@@ -21,7 +21,7 @@ from ..ops.partition import Size, to_size
 from ..ops.position import resize_grid
 from ._base import Backbone, Stage
 from ._checkpoint import logger
-from ._layers import channels_last_conv, image_to_map
+from ._layers import channels_last_conv, image_to_map, init_linear
 from ._registry import Family, build, register
 
 VIG = Family(
@@ -173,7 +173,7 @@ class ViG(Backbone):
         self.layers = nn.ModuleList([Stage(nn.Identity(), blocks)])
         self.norm = _rms_norm(dim)
         self.build_head([dim], [16], num_classes, global_pool, drop_rate)
-        self.apply(_init_linear)
+        self.apply(init_linear)
         self.apply(_init_attention)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class HierViG(Backbone):
             self.layers.append(Stage(Downsample(dims[i - 1], dim) if i else nn.Identity(), blocks))
         self.norm = nn.LayerNorm(dims[-1])
         self.build_head(dims, [4 * 2**i for i in range(len(dims))], num_classes, global_pool, drop_rate)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     @staticmethod
     def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -257,13 +257,6 @@ def _rms_norm(dim: int) -> nn.Module:
 def _plain_grid(length: int) -> int:
     """Side of the plain stem's map: a 9x9 convolution of stride 8, then 3x3 of stride 2, both padded by 1."""
     return ((length - 7) // 8 + 1 - 1) // 2 + 1
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _init_attention(module: nn.Module) -> None:
