@@ -6,7 +6,7 @@ import argparse
 import logging
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,13 @@ def load_checkpoint(
         state = _canonical(model, state)
     state = _fit(model, state, target, label)
     model.load_state_dict(state, strict=False)  # what may be missing was settled above
+
+
+def rename(key: str, patterns: Sequence[tuple[str, str]]) -> str:
+    """Apply regular-expression replacements to a key, one after the other."""
+    for pattern, replacement in patterns:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def read_file(path: Path) -> Mapping[str, Any]:

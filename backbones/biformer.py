@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..ops import route_regions, routing_attention
 from ..ops.partition import Size, crop, pad_map, to_size
 from ._base import Backbone, Stage
+from ._checkpoint import rename
 from ._layers import BatchNorm, ConvNorm, Mlp, channels_last_conv, image_to_map, init_linear
 from ._registry import Family, build, register
 
@@ -222,8 +223,7 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
             order[str(i)] = ("norm", "conv") if first.ndim == 1 else ("conv", "norm")
     out = {}
     for key, value in state.items():
-        for pattern, replacement in _CONVERT:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, _CONVERT)
         if match := re.match(r"^downsample_layers\.(\d+)\.([01])\.(.*)", key):
             key = f"stages.{match[1]}.downsample.{order[match[1]][int(match[2])]}.{match[3]}"
         if key.endswith((".qkv.weight", ".proj.weight", ".fc1.weight", ".fc2.weight")):

@@ -6,7 +6,6 @@ tokens. Parameter names are timm's; `convert` reads the authors' files (https://
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from timm.layers import DropPath, calculate_drop_path_rates
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..ops import channel_attention, window_attention
 from ..ops.partition import Size, pad_map, to_size
 from ._base import Backbone, Stage
+from ._checkpoint import rename
 from ._layers import Mlp, PooledNormHead, channels_last_conv, image_to_map, init_linear
 from ._registry import Family, build, register
 
@@ -172,12 +172,7 @@ _CONVERT = [
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' keys -> timm's and ours."""
-    out = {}
-    for key, value in state.items():
-        for pattern, replacement in _CONVERT:
-            key = re.sub(pattern, replacement, key)
-        out[key] = value
-    return out
+    return {rename(key, _CONVERT): value for key, value in state.items()}
 
 
 _LARGE = dict(dims=(192, 384, 768, 1536), depths=(1, 1, 9, 1), num_heads=(6, 12, 24, 48))

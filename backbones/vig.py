@@ -20,7 +20,7 @@ from ..ops import gated_linear_attention
 from ..ops.partition import Size, to_size
 from ..ops.position import resize_grid
 from ._base import Backbone, Stage
-from ._checkpoint import logger
+from ._checkpoint import logger, rename
 from ._layers import channels_last_conv, image_to_map, init_linear
 from ._registry import Family, build, register
 
@@ -297,8 +297,7 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' keys, new and old -> ours; there, `downsample` ends a stage and 1x1 convolutions may be 4-D."""
     out = {}
     for key, value in state.items():
-        for pattern, replacement in _CONVERT:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, _CONVERT)
         if match := re.match(r"^layers\.(\d+)\.downsample\.([13])\.(.*)", key):
             key = f"layers.{int(match[1]) + 1}.downsample.{'conv' if match[2] == '1' else 'norm'}.{match[3]}"
         if value.ndim == 4 and re.search(r"\.(qkv|gates\.\d|mix|proj|fc1|fc2)\.weight$", key):
