@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ._layers import BatchNorm, ConvNorm, Mlp, gelu
 from .crossformer import GroupAttention
+from .davit import ConvPosEnc
 from .maxvit import Conv1x1, MBConv
 from .swin import CosineWindowAttention
+from .vig import GatedMlp
 
 logger = logging.getLogger("striate")
 
@@ -96,6 +98,12 @@ def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, gelu: str = "") -> T
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "gelu" if gelu else "none", [], gelu)
 
 
+def _gated_linear(x: Tensor, gate: Tensor, value: Tensor) -> Tensor:
+    """`silu(gate x) * (value x)` for two packed weights, without a pass over either product."""
+    gate = torch.ops.mkldnn._linear_pointwise(x, gate, None, "swish", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, gate, value, None, "mul")
+
+
 class PackedLinear(_NeedsOneDNN, nn.Linear):
     """`nn.Linear` with its weight in oneDNN's blocked layout."""
 
@@ -120,6 +128,17 @@ class FusedMlp(_NeedsOneDNN, Mlp):
         if not _serves(self, x, self.fc1.weight):
             return super().forward(x)
         return self.fc2(self.fc1.with_gelu(x, self.approximate))
+
+
+class FusedGatedMlp(_NeedsOneDNN, GatedMlp):
+    """`GatedMlp` with SiLU and product applied while the first products are still in cache."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.fc1.weight
+        if not (_serves(self, x, weight) and packable(x, weight)):
+            return super().forward(x)
+        packed = self.derived("gated", (weight,), lambda: [_pack(half, x) for half in weight.chunk(2)])
+        return self.fc2(_gated_linear(x, *packed))
 
 
 class PackedConv1x1(_NeedsOneDNN, Conv1x1):
@@ -165,6 +184,22 @@ class FoldedConvNorm(Derived, ConvNorm):
         if self.norm_first:  # such convolutions have no padding, which would see the offset
             return conv.weight * factor[:, None, None], _bias(conv) + conv.weight.sum((2, 3)) @ offset
         return conv.weight * factor[:, None, None, None], _bias(conv) * factor + offset
+
+
+class FoldedConvPosEnc(Derived, ConvPosEnc):
+    """`ConvPosEnc` with the residual added to the centre of the kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.proj
+        if not _serves(self, x, conv.weight):
+            return super().forward(x)
+        weight = self.derived("conv", (conv.weight,), self._fold)
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, 1, conv.padding, 1, conv.groups).permute(0, 2, 3, 1)
+
+    def _fold(self) -> Tensor:
+        weight = self.proj.weight.clone()
+        weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] += 1
+        return weight
 
 
 class FoldedMBConv(_NeedsOneDNN, MBConv):
@@ -213,9 +248,11 @@ class CachedGroupAttention(Derived, GroupAttention):
 _REPLACEMENTS: dict[type[nn.Module], type[Derived]] = {
     nn.Linear: PackedLinear,
     Mlp: FusedMlp,
+    GatedMlp: FusedGatedMlp,
     Conv1x1: PackedConv1x1,
     MBConv: FoldedMBConv,
     ConvNorm: FoldedConvNorm,
+    ConvPosEnc: FoldedConvPosEnc,
     CosineWindowAttention: CachedCosineWindowAttention,
     GroupAttention: CachedGroupAttention,
 }

@@ -44,7 +44,7 @@ def test_the_recurrence_is_the_sum_over_pairs(strength) -> None:
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
-@pytest.mark.parametrize("n", [1, 15, 63, 64, 65, 150])
+@pytest.mark.parametrize("n", [1, 15, 63, 64, 65, 98, 150])
 def test_chunks_equal_the_recurrence_with_gradients(n, strength) -> None:
     tensors = inputs(n, strength)
     want = run(lambda *t: reference.gated_linear_attention(*t, 0.3), tensors)
@@ -78,25 +78,36 @@ def test_bfloat16_keeps_its_state_in_float32() -> None:
     assert relative(got, want) < 1e-2
 
 
+def test_autocast_leaves_the_precision_of_the_input() -> None:
+    exact = inputs(200, 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = op(*(t.float() for t in exact))
+    assert got.dtype == torch.float32
+    assert relative(got, reference.gated_linear_attention(*exact, 0.3)) < 1e-5
+
+
 def lost_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     right = chunked._scan
-    monkeypatch.setattr(chunked, "_scan", lambda gains, decays: right(gains, decays * 0))
+    monkeypatch.setattr(chunked, "_scan", lambda gains, ends, reverse: right(gains, ends * 0, reverse))
 
 
 def shifted_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     right = chunked._scan
-    monkeypatch.setattr(chunked, "_scan", lambda gains, decays: right(gains, decays).roll(1, 3))
+    monkeypatch.setattr(chunked, "_scan", lambda *args, **kwargs: right(*args, **kwargs).roll(1, 1))
 
 
 def single_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = chunked._factored_scores
-    monkeypatch.setattr(
-        chunked, "_factored_scores", lambda q, k, b, a: right(q, k, b, a) - torch.diag_embed((q * k).sum(-1))
-    )
+    right = chunked._factored
+
+    def wrong(q: Tensor, k: Tensor, decays: chunked.Pair) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        queries, keys, scores = right(q, k, decays)
+        return queries, keys, scores - torch.diag_embed((q * k).sum(-1))
+
+    monkeypatch.setattr(chunked, "_factored", wrong)
 
 
 def always_factored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_overflows", lambda *gates: False)
+    monkeypatch.setattr(chunked, "LIMIT", float("inf"))
 
 
 @pytest.mark.parametrize("mutate", [lost_decay, shifted_chunks, single_diagonal])

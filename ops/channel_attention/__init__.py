@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import reference
+from .. import _backend
+from . import cpu, reference
 
 
 def channel_attention(qkv: Tensor, *, num_heads: int, scale: float | None = None) -> Tensor:
     """Channels of each head attend to each other: weights `softmax(scale k^T v)` over the tokens, applied to q.
-
-    Two matrix products as they are: the definition is the fast path everywhere.
 
     Args:
         qkv: `(B, N, 3 * C)`, channels ordered q, k, v and within each by head.
@@ -26,4 +25,6 @@ def channel_attention(qkv: Tensor, *, num_heads: int, scale: float | None = None
     if qkv.ndim != 3 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(f"qkv {tuple(qkv.shape)} must be (B, N, 3 * C) with C a multiple of num_heads={num_heads}")
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else scale
-    return reference.channel_attention(qkv, num_heads, scale)
+    path, _ = _backend.choose(qkv)
+    run = cpu.channel_attention if path == "cpu" else reference.channel_attention
+    return run(qkv, num_heads, scale)

@@ -1,10 +1,10 @@
 """Gated linear attention in chunks of tokens: matrix products inside a chunk, one state from chunk to chunk.
 
 With b_t the sum of the log gates from the start of a chunk to token t, tokens of one chunk see each other with the
-decay exp(b_t - b_s), and earlier chunks through a state with exp(b_t). The former factors into exp(b_t) exp(-b_s), but
-exp(-b_s) overflows where a chunk decays by more than a float holds; such gates take a slower form that exponentiates
-only differences, which are never positive. Both directions share one pass: their score matrices are the two triangles
-of one.
+decay exp(b_t - b_s), and earlier chunks through a state with exp(b_t). The former factors into exp(b_t) / exp(b_s), but
+that overflows where a chunk decays by more than a float holds; such gates take a slower form that exponentiates only
+differences, which are never positive. Both directions share one pass over the chunks: their scores are the two
+triangles of one matrix.
 """
 
 from __future__ import annotations
@@ -17,82 +17,101 @@ CHUNK = 64
 SMALL_CHUNK = 16  # of the unfactored form, whose cost per token grows with the chunk
 LIMIT = 60.0  # exp(60) is 1e26: far from overflow when multiplied with activations, as exp(-60) is from underflow
 
+Pair = tuple[Tensor, Tensor]  # the same of the forward and of the backward direction
+
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, reverse_gate: Tensor, scale: float) -> Tensor:
     """See `striate.ops.gated_linear_attention`."""
-    n, dtype = q.shape[1], v.dtype
     tensors = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q * scale, k, v, gate, reverse_gate)]
+    with torch.autocast(q.device.type, enabled=False):  # which would round the sums of gates and the states
+        return _both_directions(*tensors).to(v.dtype)
+
+
+def _both_directions(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, reverse_gate: Tensor) -> Tensor:
+    b, n, heads, _ = q.shape
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    size = SMALL_CHUNK if traced or _overflows(tensors[3], tensors[4]) else CHUNK
-    q, k, v, gate, reverse_gate = (_to_chunks(t, size) for t in tensors)
-    before = gate.cumsum(-2)  # (B, heads, chunks, size, K): decay from the start of the chunk through each token
-    after = reverse_gate.flip(-2).cumsum(-2).flip(-2)  # and from its end back through each token
-    scores = _factored_scores(q, k, before, after) if size == CHUNK else _exact_scores(q, k, before, after)
-    forward, backward = _states(k, v, before, after, traced)
-    out = scores @ v + (q * before.exp()) @ forward + (q * after.exp()) @ backward
-    out = out.flatten(2, 3)
+    size = SMALL_CHUNK if traced else _chunk(n)
+    decays = _decays(gate, reverse_gate, size)
+    exact = traced or any(bool((end < -LIMIT).any()) for end in _ends(decays))
+    if exact and not traced:
+        size = SMALL_CHUNK
+        decays = _decays(gate, reverse_gate, size)
+    q, k, v = (_to_chunks(t, size) for t in (q, k, v))
+    queries, keys, scores = (_exact if exact else _factored)(q, k, decays)
+    out = torch.bmm(scores, v)
+    chunks = (n + size - 1) // size
+    for i, end in enumerate(_ends(decays)):
+        gains = torch.bmm(keys[i].transpose(1, 2), v).unflatten(0, (b, chunks, heads))
+        states = (_scan_at_once if traced else _scan)(gains, end.unflatten(0, (b, chunks, heads)), reverse=i == 1)
+        out = torch.baddbmm(out, queries[i], states.flatten(0, 2))
+    out = out.view(b, chunks, heads, size, v.shape[-1]).transpose(2, 3).flatten(1, 2)
     # a traced slice would be contiguous or not depending on the size
-    out = out.index_select(2, torch.arange(n, device=out.device)) if traced else out[:, :, :n]
-    return out.transpose(1, 2).to(dtype)
+    return out.index_select(1, torch.arange(n, device=out.device)) if traced else out[:, :n]
+
+
+def _chunk(n: int) -> int:
+    """The largest chunk without padding, if it is not too small: 64, 56 and 49 tokens at 224 pixels."""
+    return next((size for size in range(CHUNK, CHUNK // 2, -1) if n % size == 0), CHUNK)
 
 
 def _to_chunks(x: Tensor, size: int) -> Tensor:
-    """`(B, N, heads, D)` -> `(B, heads, chunks, size, D)`, padded at the end with zeros: no decay, nothing added."""
+    """`(B, N, heads, D)` -> `(B * chunks * heads, size, D)`, padded at the end with zeros: no decay, nothing added."""
     b, n, heads, dim = x.shape
     chunks = (n + size - 1) // size
-    return F.pad(x, (0, 0, 0, 0, 0, chunks * size - n)).reshape(b, chunks, size, heads, dim).permute(0, 3, 1, 2, 4)
+    x = F.pad(x, (0, 0, 0, 0, 0, chunks * size - n)).reshape(b, chunks, size, heads, dim)
+    return x.transpose(2, 3).flatten(0, 2)
 
 
-def _overflows(*gates: Tensor) -> bool:
-    """Whether some chunk decays too far for factored scores."""
-    return any(bool((_to_chunks(g.detach(), CHUNK).sum(-2) < -LIMIT).any()) for g in gates)
+def _decays(gate: Tensor, reverse_gate: Tensor, size: int) -> Pair:
+    """Log decays from the start of a chunk through each token, and from its end back through each token."""
+    sum_before = gate.new_ones(size, size).tril_()  # as a product several times faster than cumsum, and without flips
+    return sum_before @ _to_chunks(gate, size), sum_before.t() @ _to_chunks(reverse_gate, size)
 
 
-def _factored_scores(q: Tensor, k: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Scores `(…, size, size)` of both directions; the diagonal counts in both."""
-    forward = (q * before.exp()) @ (k * (-before).exp()).transpose(-2, -1)
-    backward = (q * after.exp()) @ (k * (-after).exp()).transpose(-2, -1)
-    return forward.tril_() + backward.triu_()
+def _ends(decays: Pair) -> Pair:
+    """Of decays `(…, size, K)` those through the whole chunk, `(…, K)`."""
+    return decays[0][:, -1], decays[1][:, 0]
 
 
-def _exact_scores(q: Tensor, k: Tensor, before: Tensor, after: Tensor) -> Tensor:
+def _factored(q: Tensor, k: Tensor, decays: Pair) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Queries decayed since the state that enters the chunk, keys decayed until the state that leaves it, and scores
+    `(B * chunks * heads, size, size)`, whose diagonal counts in both directions."""
+    decays = decays[0].exp(), decays[1].exp()
+    queries = [q * decay for decay in decays]
+    keys = [k / decay for decay in decays]
+    forward, backward = (torch.bmm(queries[i], keys[i].transpose(1, 2)) for i in (0, 1))
+    lower = q.new_ones(q.shape[1], q.shape[1]).tril_()
+    scores = forward.mul_(lower).addcmul_(backward, lower.t())  # a third of the time of tril, triu and their sum
+    return queries, [key * end[:, None] for key, end in zip(keys, _ends(decays), strict=True)], scores
+
+
+def _exact(q: Tensor, k: Tensor, decays: Pair) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The same without factors: every pair's own decay, `size` times the work."""
-    t = torch.arange(q.shape[-2], device=q.device)
-    later = (t[:, None] >= t)[..., None]
-    decay = torch.where(
-        later, before[..., :, None, :] - before[..., None, :, :], after[..., :, None, :] - after[..., None, :, :]
-    )
-    scores = (q[..., :, None, :] * k[..., None, :, :] * decay.exp()).sum(-1)
-    return scores * (1 + torch.eye(q.shape[-2], dtype=q.dtype, device=q.device))
+    before, after = (decay[:, :, None] - decay[:, None] for decay in decays)
+    t = torch.arange(q.shape[1], device=q.device)
+    decay = torch.where((t[:, None] >= t)[..., None], before, after)
+    scores = (q[:, :, None] * k[:, None] * decay.exp()).sum(-1)
+    scores = scores * (1 + torch.eye(q.shape[1], dtype=q.dtype, device=q.device))
+    keys = [k * (end[:, None] - decay).exp() for decay, end in zip(decays, _ends(decays), strict=True)]
+    return [q * decay.exp() for decay in decays], keys, scores
 
 
-def _states(k: Tensor, v: Tensor, before: Tensor, after: Tensor, traced: bool) -> tuple[Tensor, Tensor]:
-    """State that enters each chunk from before and from behind: `(B, heads, chunks, K, V)` each."""
-    ends = before[..., -1:, :], after[..., :1, :]
-    added = [(k * (end - sums).exp()).transpose(-2, -1) @ v for end, sums in zip(ends, (before, after), strict=True)]
-    # the backward direction runs through the chunks in reverse: flipped, both are one scan
-    gains = torch.stack((added[0], added[1].flip(2)))
-    decays = torch.stack((ends[0], ends[1].flip(2))).transpose(-2, -1)
-    forward, backward = (_scan_at_once if traced else _scan)(gains, decays)
-    return forward, backward.flip(2)
-
-
-def _scan(gains: Tensor, decays: Tensor) -> Tensor:
-    """Exclusive scan over dimension 3 of `state = exp(decay) * state + gain`."""
-    state = torch.zeros_like(gains[:, :, :, 0])
-    factors = decays.exp()
-    states = []
-    for i in range(gains.shape[3]):
+def _scan(gains: Tensor, ends: Tensor, reverse: bool) -> Tensor:
+    """The state that enters each chunk, `(B, chunks, heads, K, V)`, of `state = exp(end) * state + gain`."""
+    steps = list(zip(gains.unbind(1), ends.exp()[..., None].unbind(1), strict=True))
+    state, states = torch.zeros_like(gains[:, 0]), []
+    for gain, factor in reversed(steps) if reverse else steps:
         states.append(state)
-        state = torch.addcmul(gains[:, :, :, i], factors[:, :, :, i], state)
-    return torch.stack(states, 3)
+        state = torch.addcmul(gain, factor, state)
+    return torch.stack(states[::-1] if reverse else states, 1)
 
 
-def _scan_at_once(gains: Tensor, decays: Tensor) -> Tensor:
+def _scan_at_once(gains: Tensor, ends: Tensor, reverse: bool) -> Tensor:
     """The same without a loop over the number of chunks, which a traced program may not know."""
-    total = decays.squeeze(-1).cumsum(3)  # decay through each chunk
-    entering = total - decays.squeeze(-1)
-    chunk = torch.arange(gains.shape[3], device=gains.device)
-    earlier = (chunk[:, None] > chunk)[..., None]
-    decay = (entering[:, :, :, :, None] - total[:, :, :, None, :]).masked_fill(~earlier, float("-inf"))
-    return torch.einsum("dbhcek,dbhekv->dbhckv", decay.exp(), gains)
+    if reverse:
+        return _scan_at_once(gains.flip(1), ends.flip(1), reverse=False).flip(1)
+    index = torch.arange(gains.shape[1], device=gains.device)
+    later = (index[:, None] > index)[..., None, None]  # (chunk, other chunk, 1, 1)
+    through = ends.cumsum(1)  # decay from the first chunk through each
+    decay = ((through - ends)[:, :, None] - through[:, None]).masked_fill(~later, float("-inf"))
+    return torch.einsum("bcehk,behkv->bchkv", decay.exp(), gains)
