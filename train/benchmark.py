@@ -139,7 +139,7 @@ def benchmark(settings: Settings, progress: bool = False) -> dict[str, Any]:
         peaks = {key: peak_memory(workload, torch.get_num_threads()) for key, workload in todo}
         limits = {dtype: GemmLimit(dtype, device) for dtype in dict.fromkeys(w.dtype for w in work.values())}
         with tqdm(desc="rounds", total=settings.rounds, file=sys.stderr, disable=quiet) as bar:
-            tasks = [_timed(key, runner) for key, runner in runners.items()]
+            tasks = [timed(key, runner) for key, runner in runners.items()]
             tasks += [_limit_task(dtype, limit) for dtype, limit in limits.items()]
             timings = interleave(tasks, settings.rounds, settings.seconds, progress=bar.update)
         return make_report(work, timings, flops, peaks, limits) | {"environment": found}
@@ -162,7 +162,8 @@ def workloads(settings: Settings) -> dict[str, Workload]:
     return found
 
 
-def _timed(key: str, runner: Any) -> Task:
+def timed(key: str, runner: Any) -> Task:
+    """A task of `interleave` that returns the seconds of one call of `runner` (a `measure.Runner`) under `key`."""
     from .measure import repeats_for, seconds_per_call
 
     repeats = repeats_for(runner.warm_up(), TURN_SECONDS)
@@ -305,10 +306,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure inference and training step of a model, in turns with a rival and with plain matmuls.",
     )
     name = "as in striate.create_model, or timm:NAME for timm's own"
-    parser.add_argument("model", help=f"model, {name}")
+    parser.add_argument("model", nargs="*", help=f"model, {name}; several only with --sizes")
     parser.add_argument("--against", metavar="NAME", help=f"rival, {name}")
-    parser.add_argument("--batch", type=_positive(int), default=8, help="images per batch (default 8)")
-    parser.add_argument("--size", type=_positive(int), default=224, help="image height and width (default 224)")
+    parser.add_argument("--batch", type=_positive(int), help="images per batch (default 8, or 1 with --sizes)")
+    parser.add_argument("--size", type=_positive(int), help="image height and width (default 224)")
+    parser.add_argument(
+        "--sizes",
+        type=_positive_list,
+        metavar="N,N,…",
+        help="how the cost of several models (default: one of each kind) grows with the image; writes CSV and PNG",
+    )
     parser.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … or auto (default cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 is autocast (default float32)")
@@ -325,7 +332,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"start no round after S seconds (default {DEFAULT_SECONDS:.0f}, or no limit with --rounds)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the report as JSON to FILE")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write the report to FILE as JSON, or with --sizes, as CSV"
+    )
     return parser
 
 
@@ -342,6 +351,10 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
+def _positive_list(text: str) -> tuple[int, ...]:
+    return tuple(map(_positive(int), text.split(",")))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`striate benchmark`: print the report and return 0.
 
@@ -350,17 +363,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args = vars(parser.parse_args(argv))
-    as_json, output = args.pop("json"), args.pop("output")
-    if args["against_dtype"] and not args["against"]:
-        parser.error("--against-dtype goes with --against NAME")
-    if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):
-        raise ValueError(f"--output {output} cannot be written; give a file in a folder that exists and is yours")
     if args["rounds"] is None and args["seconds"] is None:
         args["seconds"] = DEFAULT_SECONDS
-    report = benchmark(Settings(**args), progress=True)
+    as_json, output, models = args.pop("json"), args.pop("output"), args.pop("model")
+    if args["sizes"]:
+        return _main_growth(parser, args, models, as_json, output or Path("growth.csv"))
+    del args["sizes"]
+    if len(models) != 1:
+        parser.error(f"give one model, not {len(models)}; several go with --sizes")
+    if args["against_dtype"] and not args["against"]:
+        parser.error("--against-dtype goes with --against NAME")
+    _check_output(output)
+    args |= {"batch": args["batch"] or 8, "size": args["size"] or 224}
+    report = benchmark(Settings(model=models[0], **args), progress=True)
     if output is not None:
-        from .state import write_whole
-
-        write_whole(output, lambda path: path.write_text(json.dumps(report, indent=1) + "\n") and None)
+        _write(output, json.dumps(report, indent=1) + "\n")
     print(json.dumps(report) if as_json else format_report(report))
     return 0
+
+
+def _main_growth(
+    parser: argparse.ArgumentParser, args: dict[str, Any], models: list[str], as_json: bool, output: Path
+) -> int:
+    from . import growth
+    from .state import write_whole
+
+    for option in ("size", "against", "against_dtype"):
+        if args.pop(option) is not None:
+            parser.error(f"--{option.replace('_', '-')} does not go with --sizes")
+    del args["train"]
+    args |= {"batch": args["batch"] or 1, "models": tuple(models) or growth.DEFAULT_MODELS}
+    if output.suffix != ".csv":
+        raise ValueError(f"--output {output}: give a .csv file; the plot goes beside it as .png")
+    plot = output.with_suffix(".png")
+    _check_output(output)
+    _check_output(plot)
+    growth.check_plotting()
+    report = growth.measure_growth(growth.GrowthSettings(**args), progress=True)
+    _write(output, growth.format_csv(report["rows"]))
+    write_whole(plot, lambda path: growth.draw(report["rows"], path))
+    print(json.dumps(report) if as_json else growth.format_rows(report["rows"]))
+    print(f"written: {output}, {plot}", file=sys.stderr)
+    return 0
+
+
+def _check_output(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ValueError(f"--output {path} cannot be written; give a file in a folder that exists and is yours")
+
+
+def _write(path: Path, text: str) -> None:
+    from .state import write_whole
+
+    write_whole(path, lambda temporary: temporary.write_text(text))
