@@ -99,9 +99,18 @@ def test_detection_repository(swin, messages: Messages) -> None:
     assert torch.equal(got, state["layers.1.downsample.norm.weight"])
 
 
-def test_keys_of_timm_and_back() -> None:
-    theirs = timm.create_model("swin_tiny_patch4_window7_224", depths=DEPTHS).eval()
-    model = make()
+@pytest.mark.parametrize(
+    ("name", "timms"),
+    [
+        ("swin_tiny", "swin_tiny_patch4_window7_224"),
+        ("davit_tiny", "davit_tiny"),
+        ("maxvit_tiny", "maxvit_tiny_tf_224"),
+    ],
+)
+def test_keys_of_timm_and_back(name, timms) -> None:
+    theirs = timm.create_model(timms, depths=DEPTHS).eval()
+    assert type(theirs).__module__.startswith("timm.")
+    model = make(name)
     striate.load_checkpoint(model, theirs.state_dict())
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():

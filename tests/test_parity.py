@@ -124,6 +124,10 @@ def test_numbers_of_the_authors(name) -> None:
         ("swin_tiny_det_224", {"dense": False}),
         ("swin_tiny_patch4_window7_224", {"dense": True}),
         ("swinv2_tiny_patch4_window8_256", {"pretrained_window": (12, 12, 12, 6)}),
+        ("davit_tiny", {"window": (7, 6)}),
+        ("maxvit_tiny_tf_224", {"img_size": 256}),
+        ("crossformer_tiny", {"interval": (8, 4, 1, 1)}),
+        ("crossformer_pp_small", {"group_size": (4, 4, 7, 7)}),
     ],
 )
 def test_the_comparison_sees_a_small_difference(name, change) -> None:
@@ -135,9 +139,11 @@ def test_the_comparison_sees_a_small_difference(name, change) -> None:
 
 
 def test_fixtures_cover_what_they_should() -> None:
-    """Classification and dense code, sizes that need padding, both families; and they stay small."""
+    """Classification and dense code, sizes that need padding, all families; and they stay small."""
     records = [read(name)[0] for name in NAMES]
-    assert {r["model"].split("_")[0] for r in records} >= {"swin", "swinv2", "biformer"}
+    assert {r["model"].split("_")[0] for r in records} >= {
+        "swin", "swinv2", "biformer", "davit", "maxvit", "crossformer", "vig"
+    }  # fmt: skip
     assert {r["output"] for r in records} == {"logits", "pyramid_mean"}
     assert any(side % 32 for r in records for side in r["input_shape"][2:])
     assert sum(path.stat().st_size for path in FIXTURES.iterdir()) < 1_500_000
