@@ -150,6 +150,7 @@ class GroupOrder:
         gather: `(B * G * N,)` row of the `(B * H * W, C)` map for each token; a padded token points at row 0.
         scatter: `(B * H * W,)` position in group order of every row of the map: its inverse.
         padding: positions in group order that hold padding, or None.
+        unchanged: whether this is the order that the rows already have: one unshifted window per image.
         counts: number of groups of each kind, over the whole batch.
         mask: `(kinds, N, N)` scores to add per kind, or None if no kind needs one.
     """
@@ -167,6 +168,7 @@ class GroupOrder:
         padding = (order < 0).nonzero().flatten()
         self.padding = padding if padding.numel() else None
         self.gather = order.clamp_min(0)
+        self.unchanged = torch.equal(order, torch.arange(batch * h * w))
         self.scatter = torch.empty(batch * h * w, dtype=torch.long)
         real = (order >= 0).nonzero().flatten()
         self.scatter[order[real]] = real
@@ -211,6 +213,8 @@ class _Reorder(torch.autograd.Function):
 
 def gather_groups(x: Tensor, order: GroupOrder, pad: Tensor | None = None) -> Tensor:
     """Rows `(B * G * N, C)` of the map `(B, H, W, C)` in group order; padded tokens hold `pad` `(C,)` or zeros."""
+    if order.unchanged:
+        return x.flatten(0, 2)
     rows = _Reorder.apply(x.flatten(0, 2), order.gather, order.scatter, None)
     if order.padding is None:
         return rows
@@ -220,4 +224,6 @@ def gather_groups(x: Tensor, order: GroupOrder, pad: Tensor | None = None) -> Te
 
 def scatter_groups(rows: Tensor, order: GroupOrder, shape: tuple[int, int, int]) -> Tensor:
     """Undo `gather_groups`: rows in group order -> the map `(B, H, W, C)`; padded tokens are dropped."""
+    if order.unchanged:
+        return rows.unflatten(0, shape)
     return _Reorder.apply(rows, order.scatter, order.gather, order.padding).unflatten(0, shape)

@@ -107,13 +107,18 @@ def _biased_backward(
     rows: Tensor, scores: Tensor, grad: Tensor, scale: float, grad_rows: Tensor, grad_scores: Tensor
 ) -> None:
     """Gradients of a few windows: writes `grad_rows` `(G, N, 3, heads, D)`, adds to `grad_scores` `(heads, N, N)`."""
-    q, k, v = rows.permute(2, 0, 3, 1, 4).contiguous()
-    grad = grad.transpose(1, 2).contiguous()
-    prob = (q @ k.transpose(-2, -1)).mul_(scale).add_(scores).softmax(-1)
-    grad_prob = grad @ v.transpose(-2, -1)
+    g, n, _, heads, dim = rows.shape
+    q, k, v = rows.permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
+    grad = grad.transpose(1, 2).reshape(g * heads, n, dim)
+    added = scores.expand(g, heads, n, n).reshape(g * heads, n, n)
+    prob = torch.baddbmm(added, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+    # masked by -100, probabilities are subnormal numbers, which make a product several times slower
+    prob = F.threshold(prob, torch.finfo(prob.dtype).tiny, 0.0, inplace=True)
+    grad_prob = torch.bmm(grad, v.transpose(1, 2))
     grad_score = torch._softmax_backward_data(grad_prob, prob, -1, prob.dtype)
-    grad_scores += grad_score.sum(0)
+    grad_scores += grad_score.view(g, heads, n, n).sum(0)
+    grad_score.mul_(scale)
     out = grad_rows.permute(2, 0, 3, 1, 4)
-    out[0] = (grad_score @ k).mul_(scale)
-    out[1] = (grad_score.transpose(-2, -1) @ q).mul_(scale)
-    out[2] = prob.transpose(-2, -1) @ grad
+    out[0] = torch.bmm(grad_score, k).view(g, heads, n, dim)
+    out[1] = torch.bmm(grad_score.transpose(1, 2), q).view(g, heads, n, dim)
+    out[2] = torch.bmm(prob.transpose(1, 2), grad).view(g, heads, n, dim)
