@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
-from striate.ops import _backend, explain, partition, routing_attention, window_attention
+from striate import ops
+from striate.ops import _backend, _triton, explain, partition, window_attention
 from striate.ops.window_attention import cpu, reference
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +39,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def attend(qkv: torch.Tensor) -> torch.Tensor:
     return window_attention(qkv, num_heads=2, window=2)
+
+
+def explained(qkv: torch.Tensor) -> str:
+    return explain(window_attention, qkv, num_heads=2, window=2)
 
 
 QKV = torch.randn(1, 4, 4, 18)
@@ -78,12 +90,12 @@ def test_a_path_can_be_forced(path, calls, monkeypatch) -> None:
     monkeypatch.setenv("STRIATE_BACKEND", path)
     attend(QKV)
     assert calls == [path]
-    assert explain(window_attention, QKV) == f"window_attention: {path} (STRIATE_BACKEND={path})"
+    assert explained(QKV) == f"window_attention: {path} (STRIATE_BACKEND={path})"
 
 
 def test_an_unknown_path_is_an_error(monkeypatch) -> None:
     monkeypatch.setenv("STRIATE_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="STRIATE_BACKEND='gpu' is no path; use one of reference, cpu, or unset it"):
+    with pytest.raises(ValueError, match="STRIATE_BACKEND='gpu' is no path; use one of reference, cpu, triton, torch"):
         attend(QKV)
 
 
@@ -97,33 +109,108 @@ def test_a_path_that_cannot_take_the_input_is_an_error(monkeypatch) -> None:
     ("tensor", "reason"),
     [
         (lambda: QKV, "cpu (an eager tensor on the CPU)"),
-        (lambda: QKV.to("meta"), "reference (no kernel for meta tensors yet)"),
+        (lambda: QKV.to("meta"), "reference (no kernel for meta tensors)"),
         (lambda: torch._subclasses.FakeTensorMode().from_tensor(QKV), "reference (a FakeTensor is traced or"),
     ],
 )
 def test_explain_gives_the_reason(tensor, reason) -> None:
-    assert explain(window_attention, tensor()).startswith(f"window_attention: {reason}")
-
-
-def test_explain_reads_keyword_arguments() -> None:
-    assert explain(routing_attention, qkv=QKV).startswith("routing_attention: cpu")
+    assert explained(tensor()).startswith(f"window_attention: {reason}")
 
 
 def test_explain_runs_nothing(calls) -> None:
-    explain(window_attention, QKV, num_heads=2, window=2)
+    explained(QKV)
     assert calls == []
 
 
-@pytest.mark.parametrize("op", [torch.relu, partition.split, reference.window_attention, explain])
+def test_explain_refuses_what_the_operator_refuses() -> None:
+    with pytest.raises(ValueError, match="multiple of num_heads=5"):
+        explain(window_attention, QKV, num_heads=5, window=2)
+    with pytest.raises(TypeError, match="num_heads"):
+        explain(window_attention, QKV)
+    assert not _backend._dry_runs
+
+
+@pytest.mark.parametrize("name", sorted(set(ops.__all__) - {"explain", "roofline"}))
+def test_every_operator_explains_itself(name) -> None:
+    heads = torch.randn(1, 9, 2, 4)
+    arguments: dict[str, tuple[tuple[torch.Tensor, ...], dict[str, int]]] = {
+        "channel_attention": ((torch.randn(1, 9, 18),), dict(num_heads=2)),
+        "gated_linear_attention": ((heads,) * 5, {}),
+        "lif": ((heads,), {}),
+        "multispike": ((heads,), {}),
+        "route_regions": ((QKV,), dict(region=2, topk=1)),
+        "routing_attention": ((QKV, torch.zeros(1, 4, 1, dtype=torch.long)), dict(num_heads=2, region=2)),
+        "window_attention": ((QKV,), dict(num_heads=2, window=2)),
+    }
+    tensors, options = arguments[name]
+    assert explain(getattr(ops, name), *tensors, **options) == f"{name}: cpu (an eager tensor on the CPU)"
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    _backend._say_once.cache_clear()
+    yield lambda: [record.getMessage() for record in caplog.records]
+    _backend._say_once.cache_clear()
+
+
+def test_a_gpu_tensor_takes_the_kernels_unless_something_is_in_the_way(said, monkeypatch) -> None:
+    x = QKV.as_subclass(OnGpu)
+    monkeypatch.setattr(_triton, "triton", object())
+    assert _backend.choose("op", x, lambda: "") == "triton"
+    assert said() == []
+    for _ in range(2):
+        assert _backend.choose("op", x, lambda: "heads of 999 channels") == "reference"
+    assert said() == ["op runs without its GPU kernels: heads of 999 channels"]
+    monkeypatch.setattr(_triton, "triton", None)
+    assert _backend.choose("op", x, lambda: pytest.fail("asked")) == "reference"
+    assert said()[1:] == ["op runs without its GPU kernels: Triton is not installed; pip install triton"]
+    assert _backend.choose("op", x) == "reference"
+    assert len(said()) == 2, "an operator without kernels has nothing to say"
+
+
+def test_torch_rules_the_kernels_out(monkeypatch) -> None:
+    monkeypatch.setenv("STRIATE_BACKEND", "torch")
+    assert _backend.choose("op", QKV.as_subclass(OnGpu), lambda: pytest.fail("asked")) == "reference"
+    assert explained(QKV) == "window_attention: cpu (STRIATE_BACKEND=torch)"
+
+
+def test_forced_kernels_that_cannot_run_are_an_error(monkeypatch) -> None:
+    monkeypatch.setenv("STRIATE_BACKEND", "triton")
+    with pytest.raises(ValueError, match=r"STRIATE_BACKEND=triton cannot run here: kernels run on a GPU, not on cpu"):
+        attend(QKV)
+    with pytest.raises(ValueError, match="heads of 999 channels; unset it"):
+        _backend.choose("op", QKV.as_subclass(OnGpu), lambda: "heads of 999 channels")
+    with pytest.raises(ValueError, match="torch.func and torch.jit.trace take the definition"):
+        torch.vmap(attend)(QKV[None])
+    with pytest.raises(ValueError, match="this operator has none"):
+        _backend.choose("op", QKV)
+
+
+def test_without_triton_everything_still_works() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # type: ignore[assignment]
+import torch
+from striate.ops import explain, gated_linear_attention, routing_attention, window_attention
+qkv = torch.randn(1, 4, 4, 18)
+window_attention(qkv, num_heads=2, window=2)
+gated_linear_attention(*[torch.randn(1, 9, 2, 4)] * 5)
+routing_attention(qkv, torch.zeros(1, 4, 1, dtype=torch.long), num_heads=2, region=2)
+from striate.train import cli
+sys.exit(cli.main(["kernels"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert "triton" in done.stderr.lower()
+
+
+@pytest.mark.parametrize("op", [torch.relu, partition.split, reference.window_attention, explain, ops.roofline])
 def test_explain_takes_operators_only(op) -> None:
     with pytest.raises(ValueError, match="is not an operator of striate.ops"):
         explain(op, QKV)
-
-
-def test_explain_needs_a_tensor() -> None:
-    with pytest.raises(ValueError, match=r"explain\(window_attention, …\) needs the operator's first tensor"):
-        explain(window_attention)
-
-
-def test_paths_are_those_that_exist() -> None:
-    assert _backend.PATHS == ("reference", "cpu")

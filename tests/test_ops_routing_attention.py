@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers import relative, run, saved_bytes, worst
-from striate.ops import explain, route_regions, routing_attention
+from striate.ops import route_regions, routing_attention
 from striate.ops.routing_attention import reference
 
 HEADS, DIM = 2, 3
@@ -259,13 +259,6 @@ def test_training_does_not_keep_the_gathered_keys_and_values(side, region, topk)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STRIATE_BACKEND", "reference")
         assert saved_bytes(call, skip=[qkv]) > gathered
-
-
-def test_explain_names_path_and_reason(monkeypatch) -> None:
-    monkeypatch.delenv("STRIATE_BACKEND", raising=False)
-    qkv = inputs((6, 8))
-    assert explain(route_regions, qkv) == "route_regions: cpu (an eager tensor on the CPU)"
-    assert explain(routing_attention, qkv) == "routing_attention: cpu (an eager tensor on the CPU)"
 
 
 @pytest.mark.parametrize("topk", [0, 10])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import relative, run, saved_bytes, worst
-from striate.ops import explain, partition, window_attention
+from striate.ops import partition, window_attention
 from striate.ops.window_attention import reference
 
 HEADS, DIM = 2, 3
@@ -323,12 +323,6 @@ def test_training_keeps_nothing_of_the_size_of_the_scores(shift, learned) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STRIATE_BACKEND", "reference")
         assert saved_bytes(call, skip=[qkv]) > scores
-
-
-def test_explain_names_path_and_reason(monkeypatch) -> None:
-    qkv = torch.randn(1, 4, 4, 18)
-    monkeypatch.delenv("STRIATE_BACKEND", raising=False)
-    assert explain(window_attention, qkv) == "window_attention: cpu (an eager tensor on the CPU)"
 
 
 @pytest.mark.parametrize(

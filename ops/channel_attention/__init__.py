@@ -25,6 +25,6 @@ def channel_attention(qkv: Tensor, *, num_heads: int, scale: float | None = None
     if qkv.ndim != 3 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(f"qkv {tuple(qkv.shape)} must be (B, N, 3 * C) with C a multiple of num_heads={num_heads}")
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else scale
-    path, _ = _backend.choose(qkv)
+    path = _backend.choose("channel_attention", qkv)
     run = cpu.channel_attention if path == "cpu" else reference.channel_attention
     return run(qkv, num_heads, scale)

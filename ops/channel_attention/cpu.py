@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import _backend
+
 
 def channel_attention(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
     """See `striate.ops.channel_attention`."""
@@ -26,7 +28,7 @@ class _ChannelAttention(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.scale = scale
         out = rows.new_empty(rows[:, :, 0].shape)
-        with torch.autocast("cpu", enabled=False):
+        with _backend.no_autocast(rows):
             for (q, k, v), result in zip(_by_head(rows), out.transpose(1, 2), strict=True):
                 torch.bmm(q, _weights(k, v, scale).transpose(1, 2), out=result)
         return out

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _backend
+
 CHUNK = 64
 SMALL_CHUNK = 16  # of the unfactored form, whose cost per token grows with the chunk
 LIMIT = 60.0  # exp(60) is 1e26: far from overflow when multiplied with activations, as exp(-60) is from underflow
@@ -23,7 +25,7 @@ Pair = tuple[Tensor, Tensor]  # the same of the forward and of the backward dire
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, reverse_gate: Tensor, scale: float) -> Tensor:
     """See `striate.ops.gated_linear_attention`."""
     tensors = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q * scale, k, v, gate, reverse_gate)]
-    with torch.autocast(q.device.type, enabled=False):  # which would round the sums of gates and the states
+    with _backend.no_autocast(q):  # which would round the sums of gates and the states
         return _both_directions(*tensors).to(v.dtype)
 
 
@@ -32,7 +34,7 @@ def _both_directions(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, reverse_gate
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     size = SMALL_CHUNK if traced else _chunk(n)
     decays = _decays(gate, reverse_gate, size)
-    exact = traced or any(bool((end < -LIMIT).any()) for end in _ends(decays))
+    exact = traced or any(map(_too_strong, _ends(decays)))
     if exact and not traced:
         size = SMALL_CHUNK
         decays = _decays(gate, reverse_gate, size)
@@ -47,6 +49,11 @@ def _both_directions(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, reverse_gate
     out = out.view(b, chunks, heads, size, v.shape[-1]).transpose(2, 3).flatten(1, 2)
     # a traced slice would be contiguous or not depending on the size
     return out.index_select(1, torch.arange(n, device=out.device)) if traced else out[:, :n]
+
+
+def _too_strong(end: Tensor) -> bool:
+    """Whether some chunk decays too far for factors; tensors without values are taken for harmless."""
+    return end.device.type != "meta" and bool((end < -LIMIT).any())
 
 
 def _chunk(n: int) -> int:

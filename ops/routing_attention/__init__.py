@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import _backend
 from ..partition import padded_size, to_size
-from . import cpu, reference
+from . import cpu, reference, triton
+
+_PATHS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": triton}
 
 
 def route_regions(
@@ -44,9 +48,8 @@ def route_regions(
             f"topk={topk}, but a {h}x{w} map has {count} regions of {region[0]}x{region[1]} tokens;"
             f" choose 1 to {count}, or more regions"
         )
-    path, _ = _backend.choose(qkv)
-    run = cpu.route_regions if path == "cpu" else reference.route_regions
-    return run(qkv, region, topk, (c // 3) ** -0.5 if scale is None else scale)
+    path = _backend.choose("route_regions", qkv)
+    return _PATHS[path].route_regions(qkv, region, topk, (c // 3) ** -0.5 if scale is None else scale)
 
 
 def routing_attention(
@@ -83,6 +86,6 @@ def routing_attention(
     count = (height // region[0]) * (width // region[1])
     if routes.ndim != 3 or routes.shape[:2] != (b, count):
         raise ValueError(f"routes {tuple(routes.shape)} must be ({b}, {count}, topk) for {count} regions of {region}")
-    path, _ = _backend.choose(qkv)
-    run = cpu.routing_attention if path == "cpu" else reference.routing_attention
-    return run(qkv, routes, num_heads, region, (c // (3 * num_heads)) ** -0.5 if scale is None else scale)
+    arguments = (qkv, routes, num_heads, region, (c // (3 * num_heads)) ** -0.5 if scale is None else scale)
+    path = _backend.choose("routing_attention", qkv, lambda: triton.obstacle(*arguments))
+    return _PATHS[path].routing_attention(*arguments)

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from .. import _backend
 from ..partition import grid_interval, to_size
-from . import cpu, reference
+from . import cpu, reference, triton
+
+_PATHS = {"reference": reference, "cpu": cpu, "triton": triton}
 
 
 def window_attention(
@@ -55,9 +57,9 @@ def window_attention(
         steps = grid_interval((qkv.shape[1], qkv.shape[2]), size)
     if scale is None:
         scale = 1.0 if cosine else (qkv.shape[-1] // (3 * num_heads)) ** -0.5
-    path, _ = _backend.choose(qkv)
-    run = cpu.window_attention if path == "cpu" else reference.window_attention
-    return run(qkv, bias, num_heads, size, offset, steps, mask_padding, scale, cosine, pad)
+    arguments = (qkv, bias, num_heads, size, offset, steps, mask_padding, scale, cosine, pad)
+    path = _backend.choose("window_attention", qkv, lambda: triton.obstacle(*arguments))
+    return _PATHS[path].window_attention(*arguments)
 
 
 def _check(
