@@ -28,6 +28,8 @@ SHORTER = {
     "train --config biformer/nano_fashion": "--data.name npz --data.root tiny.npz",
     "train --model.name swin_tiny": "--data.image_size 64 --data.batch_size 2",
     "train": "--schedule.epochs 1 --schedule.warmup_epochs 0 --data.workers 0",
+    "kernels": "--op gated_linear_attention",
+    "benchmark --ops": "--ops channel_attention",
     "benchmark": "--batch 1 --rounds 1 --no-memory --no-train",
 }
 

@@ -316,6 +316,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,N,…",
         help="how the cost of several models (default: one of each kind) grows with the image; writes CSV and PNG",
     )
+    parser.add_argument(
+        "--ops",
+        nargs="?",
+        const="",
+        type=_names,
+        metavar="NAME,NAME,…",
+        help="operators instead of models, against other ways to compute them (default: all operators)",
+    )
     parser.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … or auto (default cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 is autocast (default float32)")
@@ -351,6 +359,10 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
 def _positive_list(text: str) -> tuple[int, ...]:
     return tuple(map(_positive(int), text.split(",")))
 
@@ -366,9 +378,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args["rounds"] is None and args["seconds"] is None:
         args["seconds"] = DEFAULT_SECONDS
     as_json, output, models = args.pop("json"), args.pop("output"), args.pop("model")
+    if args["sizes"] and args["ops"] is not None:
+        parser.error("--ops does not go with --sizes")
     if args["sizes"]:
         return _main_growth(parser, args, models, as_json, output or Path("growth.csv"))
-    del args["sizes"]
+    if args["ops"] is not None:
+        return _main_ops(parser, args, models, as_json, output)
+    del args["sizes"], args["ops"]
     if len(models) != 1:
         parser.error(f"give one model, not {len(models)}; several go with --sizes")
     if args["against_dtype"] and not args["against"]:
@@ -388,10 +404,8 @@ def _main_growth(
     from . import growth
     from .state import write_whole
 
-    for option in ("size", "against", "against_dtype"):
-        if args.pop(option) is not None:
-            parser.error(f"--{option.replace('_', '-')} does not go with --sizes")
-    del args["train"]
+    _refuse(parser, args, "--sizes", "size", "against", "against_dtype")
+    del args["train"], args["ops"]
     args |= {"batch": args["batch"] or 1, "models": tuple(models) or growth.DEFAULT_MODELS}
     if output.suffix != ".csv":
         raise ValueError(f"--output {output}: give a .csv file; the plot goes beside it as .png")
@@ -405,6 +419,32 @@ def _main_growth(
     print(json.dumps(report) if as_json else growth.format_rows(report["rows"]))
     print(f"written: {output}, {plot}", file=sys.stderr)
     return 0
+
+
+def _main_ops(
+    parser: argparse.ArgumentParser, args: dict[str, Any], models: list[str], as_json: bool, output: Path | None
+) -> int:
+    from .op_benchmark import OpSettings, benchmark_ops, format_ops
+
+    if models:
+        parser.error(f"--ops measures operators, not models such as {models[0]}")
+    _refuse(parser, args, "--ops", "size", "sizes", "against", "against_dtype")
+    if args.pop("optimize"):
+        parser.error("--optimize does not go with --ops")
+    del args["memory"]
+    _check_output(output)
+    report = benchmark_ops(OpSettings(**args | {"batch": args["batch"] or 8}), progress=True)
+    if output is not None:
+        _write(output, json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report) if as_json else format_ops(report))
+    return 0
+
+
+def _refuse(parser: argparse.ArgumentParser, args: dict[str, Any], mode: str, *options: str) -> None:
+    """Remove `options` from `args`; none of them may have been given."""
+    for option in options:
+        if args.pop(option) is not None:
+            parser.error(f"--{option.replace('_', '-')} does not go with {mode}")
 
 
 def _check_output(path: Path | None) -> None:
