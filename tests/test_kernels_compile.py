@@ -32,6 +32,16 @@ def test_every_configuration_is_good(target: str, op: str) -> None:
 
 
 @pytest.mark.parametrize("op", _aot.OPS)
+def test_float32_as_tf32_is_good(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "precision", lambda dtype: "tf32" if dtype == torch.float32 else "ieee")
+    for label, launch in _aot.configurations(op):
+        if "float32" in label or "fp32" in label:
+            reports = _aot.compile_launch(op, label, "sm_90", launch)
+            assert not [(r.kernel, r.faults) for r in reports if r.faults], label
+            assert any(r.mma for r in reports), label
+
+
+@pytest.mark.parametrize("op", _aot.OPS)
 def test_labels_are_distinct(op: str) -> None:
     labels = [label for label, _ in _aot.configurations(op)]
     assert len(labels) == len(set(labels)) > 0

@@ -118,13 +118,13 @@ _LAUNCHES: dict[str, dict[str, tuple[int, ...]]] = {
         "backward_bias": (64, 32, 4, 1),
     },
 }
-# float32 in full precision: no matrix instructions but on AMD, so registers hold the operands.
+# float32, as TF32 or in full precision, which takes no matrix instructions but on AMD: registers hold the operands.
 _FLOAT32: dict[str, tuple[int, ...]] = {
     "forward": (8, 1),
     "backward": (32, 8, 1),
     "forward_tiled": (64, 32, 8, 1),
     "backward_q": (64, 32, 8, 1),
-    "backward_kv": (64, 32, 8, 1),
+    "backward_kv": (32, 64, 8, 1),
     "backward_bias": (32, 32, 4, 1),
 }
 _FLOAT32_GFX = _FLOAT32 | {"forward": (4, 1), "backward": (32, 4, 1), "backward_kv": (32, 32, 4, 1)}
