@@ -158,7 +158,7 @@ def _canonical(model: Backbone | FeaturePyramid, state: dict[str, Tensor]) -> di
     if not isinstance(model, FeaturePyramid):
         return state
     kept = {}
-    last = max(model.out_indices)
+    last = max(model.out_indices) - bool(backbone.stem_stride)  # the last stage; the stem's map may be the first level
     for key, value in state.items():
         stage = re.match(rf"(?:norms|{backbone.stages_name})\.(\d+)\.", key)
         if key.startswith("norms."):

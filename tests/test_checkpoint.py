@@ -388,6 +388,15 @@ def test_classification_file_into_a_feature_pyramid(swin, messages: Messages) ->
         assert got.shape == want.shape
 
 
+def test_a_pyramid_whose_first_level_is_the_stem(messages: Messages) -> None:
+    whole = make("maxvit_tiny").state_dict()
+    for indices, left in (((0, 2), "stages.2, stages.3"), ((0,), "stages.0, stages.1, stages.2, stages.3")):
+        model = make("maxvit_tiny", features_only=True, out_indices=indices)
+        striate.load_checkpoint(model, whole)
+        assert messages() == [f"a feature pyramid has no place for head, {left} of the checkpoint: left out"]
+        assert torch.equal(model.state_dict()["backbone.stem.conv1.weight"], whole["stem.conv1.weight"])
+
+
 def make_plain(state: dict[str, Tensor]) -> nn.Module:
     model = make(features_only=True)
     striate.load_checkpoint(model, state)
