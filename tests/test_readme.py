@@ -230,5 +230,5 @@ def test_what_is_said_about_settings() -> None:
     pyproject = (ROOT / "pyproject.toml").read_text()
     (version,) = re.findall(r'requires-python = ">=(.*?)"', pyproject)
     assert f"Python {version} or newer" in README
-    (paths,) = re.findall(r"`STRIATE_BACKEND` \((.*?)\)", README)
-    assert set(re.findall(r"`(\w+)`", paths)) == set(_backend.PATHS)
+    (paths,) = re.findall(r"`STRIATE_BACKEND` forces one: (.*?)\.\n", README, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", paths)) == {*_backend.PATHS, _backend.TORCH}

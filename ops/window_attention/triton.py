@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import _triton
 from ..partition import Size, block_size, padded_size
-from ..position import relative_index
 from . import explicit, kernels, tiled
+from .pairs import by_offset, pair_bias
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ONE_TILE = 64  # tokens of a group that the kernels of one tile take
@@ -241,7 +241,7 @@ def _one_tile_backward(arguments: dict[str, Any], flags: dict[str, bool]) -> Par
     _, spans = _spans(groups, tile // tokens, heads, BACKWARD_PROGRAMS)
     scores, pads, scales = parts = _parts(arguments, flags, spans * (tile // tokens), spans, spans)
     table = arguments.pop("table")
-    bias = None if table is None else _pair_bias(table, (arguments["WINDOW_H"], arguments["WINDOW_W"]), tile)
+    bias = None if table is None else pair_bias(table, (arguments["WINDOW_H"], arguments["WINDOW_W"]), tile)
     kernels._window_attention_bwd_kernel[(heads * spans,)](
         **arguments, **flags, **_launch("backward", arguments), total=groups, spans=spans, TILE=tile, bias=bias,
         grad_scores=scores, grad_pad=pads, grad_scale=scales,
@@ -335,22 +335,6 @@ def _common(
     }
 
 
-def _pair_bias(table: Tensor, window: Size, tile: int) -> Tensor:
-    """Bias of every pair of the tokens of a tile, keys by queries, from the table by head: `(heads, tile, tile)`."""
-    tokens = window[0] * window[1]
-    pairs = table.index_select(1, _pair_index(window, table.device)).unflatten(1, (tokens, tokens))
-    bias = table.new_full((table.shape[0], tile, tile), -1e30)
-    for start in range(0, tile - tokens + 1, tokens):
-        bias[:, start : start + tokens, start : start + tokens] = pairs
-    return bias
-
-
-@functools.lru_cache(maxsize=32)
-def _pair_index(window: Size, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return relative_index(window, device).t().flatten()
-
-
 def _tile(tokens: int) -> int:
     """Rows of the tile of a group of `tokens`; small groups share one."""
     return max(32, _triton.power_of_two(tokens))
@@ -373,27 +357,6 @@ def _groups(qkv: Tensor, window: Size, interval: Size) -> int:
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def by_offset(scores: Tensor, window: Size) -> Tensor:
-    """Sum `(heads, N, N)` over the pairs of the same offset, as rows of a bias table: `(rows, heads)`.
-
-    Deterministic: no scattered sum.
-    """
-    pairs = scores.unflatten(2, window).unflatten(1, window).transpose(2, 3)  # query and key: two rows, two columns
-    rows_and_columns = _diagonals(_diagonals(pairs).movedim(-1, 1))
-    return rows_and_columns.permute(2, 1, 0).flatten(0, 1)
-
-
-def _diagonals(x: Tensor) -> Tensor:
-    """Sums of the diagonals of `(…, n, n)`, from the top right one to the bottom left one: `(…, 2 * n - 1)`.
-
-    A row that is one shorter than the padded one moves each row of the matrix one further, so that a diagonal of the
-    flipped matrix becomes a column.
-    """
-    n = x.shape[-1]
-    flat = F.pad(x.flip(-1), (0, n)).flatten(-2)[..., : n * (2 * n - 1)]
-    return flat.unflatten(-1, (n, 2 * n - 1)).sum(-2)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
