@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -19,6 +20,8 @@ except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)  # kernel bodies look their names up when they are compiled
 
 INTERPRETER = "interpreter"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that kernels take
+SMALL = 16  # the fewest rows and columns of a matrix instruction
 _forced: list[str] = []
 
 
@@ -65,6 +68,21 @@ def family(name: str) -> str:
 def power_of_two(count: int) -> int:
     """The smallest power of two that is not less than `count`."""
     return 1 << (count - 1).bit_length()
+
+
+def padded_dim(dim: int) -> int:
+    """Channels of a tile that holds heads of `dim` channels."""
+    return max(SMALL, power_of_two(dim))
+
+
+def dense_channels(x: Tensor) -> Tensor:
+    """`x` with neighbouring channels side by side, as kernels read it; other strides are free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make `device` the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def precision(dtype: torch.dtype) -> str:

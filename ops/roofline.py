@@ -157,7 +157,8 @@ def _bound(inputs: Sequence[Tensor], out: int, flops: float, backward: bool) -> 
 def _window(tensors: dict[str, Tensor], options: dict[str, Any], backward: bool) -> Counts:
     qkv, bias = tensors["qkv"], tensors.get("bias")
     heads, size = options["num_heads"], to_size(options["window"], "window")
-    shift = to_size(options.get("shift", 0) or (0, 0), "shift") if options.get("shift") else (0, 0)
+    shift = options.get("shift", 0)
+    shift = (shift, shift) if isinstance(shift, int) else shift
     interval = to_size(options.get("interval", 1), "interval")
     if options.get("grid"):
         interval = grid_interval((qkv.shape[1], qkv.shape[2]), size)
@@ -183,7 +184,7 @@ def _window(tensors: dict[str, Tensor], options: dict[str, Any], backward: bool)
 def _window_one_tile(
     qkv: Tensor, bias: Tensor | None, heads: int, groups: int, tokens: int, dim: int, backward: bool
 ) -> Traffic:
-    tile, block = window._tile(tokens), max(16, _triton.power_of_two(dim))
+    tile, block = window._tile(tokens), _triton.padded_dim(dim)
     pack = tile // tokens
     programs = window.BACKWARD_PROGRAMS if backward else window.FORWARD_PROGRAMS
     _, spans = window._spans(groups, pack, heads, programs)
@@ -206,7 +207,7 @@ def _window_one_tile(
 def _window_tiled(
     qkv: Tensor, bias: Tensor | None, heads: int, groups: int, tokens: int, dim: int, backward: bool
 ) -> Traffic:
-    third, block, found = _bytes(qkv) // 3, max(16, _triton.power_of_two(dim)), Traffic()
+    third, block, found = _bytes(qkv) // 3, _triton.padded_dim(dim), Traffic()
     statistics = 4 * groups * heads * tokens
 
     def tiles(kind: str) -> tuple[int, int]:

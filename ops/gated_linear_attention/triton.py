@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _triton
-from .._triton import tl, triton
+from .._triton import DTYPES, tl, triton
 from . import chunked, kernels
 
 MAX_DIM = 128
@@ -24,7 +24,6 @@ MAX_SEGMENTS = 64
 MIN_CHUNKS = 4  # of a segment
 STATE_COLUMNS = 32  # value columns of one program of the walk
 SLICE = 16  # key dims that the forward and backward kernels hold at once
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -70,8 +69,8 @@ class Plan:
         self.v = v.shape[-1]
         self.q, self.keys = _alike(q, k)
         self.gates = _alike(gate, reverse_gate)
-        self.values = _dense(v)
-        self.block_v = _padded(self.v)
+        self.values = _triton.dense_channels(v)
+        self.block_v = _triton.padded_dim(self.v)
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         table = TABLE[_triton.family(_triton.target(q.device))][dtype]
         self.stages = 2 if dtype.itemsize == 2 else 1  # of the walk; products of float32 take too many registers for 2
@@ -107,7 +106,7 @@ class Plan:
         kernels._gated_linear_attention_state_kernel[(self.b * self.heads * self.segments, kinds, columns)](
             self.q, self.keys, self.values, dout, *self.gates, states, decays, ends, end_decays,
             *self.sizes(), *_strides(self.q), *_strides(self.values), *_strides(dout), *_strides(self.gates[0]),
-            KINDS=kinds, BLOCK_K=_padded(self.k), BLOCK_V=STATE_COLUMNS, **self.constants,
+            KINDS=kinds, BLOCK_K=_triton.padded_dim(self.k), BLOCK_V=STATE_COLUMNS, **self.constants,
             num_warps=self.launch.state_warps, num_stages=self.stages,
         )  # fmt: skip
         if segments:
@@ -116,14 +115,6 @@ class Plan:
                 ends, end_decays, segments, K=self.k, V=self.v, ROWS=rows, BLOCK_V=self.block_v, num_warps=4
             )
         return states, decays, ends
-
-
-def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,13 +155,14 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, reverse_gate: 
     """Output `(B, N, heads, V)` in the dtype of `v`."""
     plan = Plan(q, k, v, gate, reverse_gate, backward=False)
     out = v.new_empty(v.shape)
-    states = plan.states(2)
-    kernels._gated_linear_attention_fwd_kernel[(plan.b * plan.heads * plan.chunks,)](
-        plan.q, plan.keys, plan.values, *plan.gates, out, *states, scale,
-        *plan.sizes(), *_strides(plan.q), *_strides(plan.values), *_strides(plan.gates[0]),
-        **plan.constants, SLICE=SLICE, BLOCK_V=plan.block_v, LEVELS=plan.levels,
-        num_warps=plan.launch.warps, num_stages=1,
-    )  # fmt: skip
+    with _triton.on_device(q.device):
+        states = plan.states(2)
+        kernels._gated_linear_attention_fwd_kernel[(plan.b * plan.heads * plan.chunks,)](
+            plan.q, plan.keys, plan.values, *plan.gates, out, *states, scale,
+            *plan.sizes(), *_strides(plan.q), *_strides(plan.values), *_strides(plan.gates[0]),
+            **plan.constants, SLICE=SLICE, BLOCK_V=plan.block_v, LEVELS=plan.levels,
+            num_warps=plan.launch.warps, num_stages=1,
+        )  # fmt: skip
     return out
 
 
@@ -179,15 +171,16 @@ def launch_backward(
 ) -> Grads:
     """Gradients of the five tensors, contiguous, in their dtypes."""
     plan = Plan(q, k, v, gate, reverse_gate, backward=True)
-    dout = _dense(dout)
+    dout = _triton.dense_channels(dout)
     dq, dk, dv, dgate, dreverse = (t.new_empty(t.shape) for t in (q, k, v, gate, reverse_gate))
-    states = plan.states(4, dout)
-    kernels._gated_linear_attention_bwd_kernel[(plan.b * plan.heads * plan.chunks,)](
-        plan.q, plan.keys, plan.values, *plan.gates, dout, dq, dk, dv, dgate, dreverse, *states, scale,
-        *plan.sizes(), *_strides(plan.q), *_strides(plan.values), *_strides(dout), *_strides(plan.gates[0]),
-        **plan.constants, SLICE=SLICE, BLOCK_V=plan.block_v, LEVELS=plan.levels,
-        num_warps=plan.launch.warps, num_stages=1,
-    )  # fmt: skip
+    with _triton.on_device(q.device):
+        states = plan.states(4, dout)
+        kernels._gated_linear_attention_bwd_kernel[(plan.b * plan.heads * plan.chunks,)](
+            plan.q, plan.keys, plan.values, *plan.gates, dout, dq, dk, dv, dgate, dreverse, *states, scale,
+            *plan.sizes(), *_strides(plan.q), *_strides(plan.values), *_strides(dout), *_strides(plan.gates[0]),
+            **plan.constants, SLICE=SLICE, BLOCK_V=plan.block_v, LEVELS=plan.levels,
+            num_warps=plan.launch.warps, num_stages=1,
+        )  # fmt: skip
     return dq, dk, dv, dgate, dreverse
 
 

@@ -12,10 +12,8 @@ from .. import _triton
 from ..partition import Size, padded_size
 from . import explicit, kernels
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_DIM = 128  # a wider head would need its vectors cut in parts
 WORD = 64  # regions that one word of bits can name
-SMALL = 16  # tokens: the fewest rows of a matrix instruction
 
 
 class Tile(NamedTuple):
@@ -106,7 +104,7 @@ def obstacle(qkv: Tensor, routes: Tensor, num_heads: int, region: Size, scale: f
     """What keeps the kernels from these inputs, or an empty string."""
     b, h, w, c = qkv.shape
     height, width = padded_size((h, w), region)
-    if qkv.dtype not in DTYPES:
+    if qkv.dtype not in _triton.DTYPES:
         return f"no kernel for {qkv.dtype}"
     if c // (3 * num_heads) > MAX_DIM:
         return f"heads of {c // (3 * num_heads)} channels, more than {MAX_DIM}"
@@ -127,16 +125,16 @@ class _Launch:
         self.batch, h, w, c = qkv.shape
         self.regions, self.topk = routes.shape[1:]
         self.heads, self.dim = num_heads, c // (3 * num_heads)
-        self.block_d = max(SMALL, _triton.power_of_two(self.dim))
+        self.block_d = _triton.padded_dim(self.dim)
         self.tokens = region[0] * region[1]
-        self.target = _triton.target(qkv.device)
+        self.device, self.target = qkv.device, _triton.target(qkv.device)
         self.dtype = qkv.dtype
         columns = padded_size((h, w), region)[1] // region[1]
         self.place = (*qkv.stride()[:3], h, w, *region, columns, self.regions)
         self.scales = (scale, scale * explicit.LOG2E)
         # a routed tile of few rows is mostly padding: the masked scores of all tokens cost less
-        routed = 2 * SMALL * self.topk
-        self.dense = self.tokens < SMALL and self.regions <= WORD and self.regions * self.tokens <= routed
+        routed = 2 * _triton.SMALL * self.topk
+        self.dense = self.tokens < _triton.SMALL and self.regions <= WORD and self.regions * self.tokens <= routed
 
     def words(self, routes: Tensor) -> Tensor:
         """The regions each region is routed to as the bits of one word: `(B, R)` int64."""
@@ -150,7 +148,7 @@ class _Launch:
     def block(self, name: str) -> int:
         """Rows of a tile of kernel `name`: fewer than the table's where these would be padding."""
         rows = self.regions * self.tokens if self.dense else self.tokens
-        block = min(self.tile(name).rows, max(SMALL, _triton.power_of_two(rows)))
+        block = min(self.tile(name).rows, max(_triton.SMALL, _triton.power_of_two(rows)))
         while block > 64 and (rows - 1) % block < block // 2:  # half as many rows leave the last tile out
             block //= 2
         return block
@@ -162,26 +160,22 @@ class _Launch:
         # a full tile of columns even where the list is shorter: one kernel instead of several
         queries, keys = (tile.columns, block) if name == "bwd_kv" else (block, tile.columns)
         function = getattr(kernels, f"_routing_attention_{name}_kernel")
-        function[(self.batch * tiles * self.heads,)](
-            *args,
-            PRECISION=_triton.precision(self.dtype),
-            DENSE=self.dense,
-            DIM=self.dim,
-            BLOCK_D=self.block_d,
-            BLOCK_M=queries,
-            BLOCK_N=keys,
-            num_warps=max(1, self.block_d // 32, tile.warps * block // tile.rows),  # wide heads fill registers
-        )
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """`x` with neighbouring channels side by side, as the kernels read it; other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+        with _triton.on_device(self.device):
+            function[(self.batch * tiles * self.heads,)](
+                *args,
+                PRECISION=_triton.precision(self.dtype),
+                DENSE=self.dense,
+                DIM=self.dim,
+                BLOCK_D=self.block_d,
+                BLOCK_M=queries,
+                BLOCK_N=keys,
+                num_warps=max(1, self.block_d // 32, tile.warps * block // tile.rows),  # wide heads fill registers
+            )
 
 
 def launch_forward(qkv: Tensor, routes: Tensor, num_heads: int, region: Size, scale: float) -> tuple[Tensor, Tensor]:
     """Output `(B, H, W, C)`, and `(B, heads, H, W)` float32 for the backward: the log2-sum-exp2 of the scores."""
-    qkv, routes = _side_by_side(qkv), routes.contiguous()
+    qkv, routes = _triton.dense_channels(qkv), routes.contiguous()
     b, h, w, c = qkv.shape
     call = _Launch(qkv, routes, num_heads, region, scale)
     out = qkv.new_empty(b, h, w, c // 3)
@@ -195,7 +189,7 @@ def launch_backward(
     grad: Tensor, qkv: Tensor, routes: Tensor, out: Tensor, lse: Tensor, num_heads: int, region: Size, scale: float
 ) -> Tensor:
     """Gradient of qkv `(B, H, W, 3 * C)`; the same from run to run."""
-    qkv, routes, grad = _side_by_side(qkv), routes.contiguous(), grad.contiguous()
+    qkv, routes, grad = _triton.dense_channels(qkv), routes.contiguous(), grad.contiguous()
     call = _Launch(qkv, routes, num_heads, region, scale)
     delta, grad_qkv = torch.empty_like(lse), qkv.new_empty(qkv.shape)
     if call.dense:

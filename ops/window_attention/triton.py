@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,6 @@ from ..partition import Size, block_size, padded_size
 from . import explicit, kernels, tiled
 from .pairs import by_offset, pair_bias
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ONE_TILE = 64  # tokens of a group that the kernels of one tile take
 MOST_TOKENS = 256
 MOST_DIM = 128
@@ -42,7 +40,7 @@ def obstacle(
     """What keeps these arguments from the Triton kernels, or an empty string."""
     if _triton.triton is None:
         return "triton is not installed"
-    if qkv.dtype not in DTYPES:
+    if qkv.dtype not in _triton.DTYPES:
         return f"kernels for {qkv.dtype} do not exist"
     if qkv.shape[-1] // (3 * num_heads) > MOST_DIM:
         return f"heads of {qkv.shape[-1] // (3 * num_heads)} channels, more than {MOST_DIM}"
@@ -165,7 +163,7 @@ def launch_forward(
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     lse = qkv.new_empty(groups, num_heads, tokens, dtype=torch.float32)
     arguments |= {"out": out, "lse": lse}
-    with _on(qkv.device):
+    with _triton.on_device(qkv.device):
         if tokens <= ONE_TILE:
             tile = _tile(tokens)
             _, spans = _spans(groups, tile // tokens, num_heads, FORWARD_PROGRAMS)
@@ -204,7 +202,7 @@ def launch_backward(
     arguments |= {"grad": grad.contiguous(), "lse": lse, "grad_qkv": grad_qkv}
     outside = (arguments["padded_h"], arguments["padded_w"]) != tuple(qkv.shape[1:3])
     flags = {"BIAS_GRAD": wanted[0], "PAD_GRAD": wanted[1] and outside, "SCALE_GRAD": wanted[2]}
-    with _on(qkv.device):
+    with _triton.on_device(qkv.device):
         if _backward_in_one_tile(arguments):
             scores, pads, scales = _one_tile_backward(arguments, flags)
         else:
@@ -324,7 +322,7 @@ def _common(
         "WINDOW_H": window[0],
         "WINDOW_W": window[1],
         "DIM": dim,
-        "BLOCK_D": max(16, _triton.power_of_two(dim)),
+        "BLOCK_D": _triton.padded_dim(dim),
         "HAS_BIAS": bias is not None,
         "HAS_SCALE": scale is not None,
         "HAS_PAD": pad is not None and padded != (h, w),
@@ -352,11 +350,6 @@ def _spans(groups: int, pack: int, columns: int, programs: int) -> tuple[int, in
 def _groups(qkv: Tensor, window: Size, interval: Size) -> int:
     h, w = padded_size((qkv.shape[1], qkv.shape[2]), block_size(window, interval))
     return qkv.shape[0] * (h // window[0]) * (w // window[1])
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
