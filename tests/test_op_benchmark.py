@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers import relative
 from striate.ops.gated_linear_attention import chunked
+from striate.train import benchmark as bench
 from striate.train import cli, op_benchmark
 from striate.train.op_benchmark import COMPILED, DEFINITION, OURS, Case, OpSettings
 
@@ -78,7 +79,7 @@ def tiny_cases(batch: int, make: Any) -> Any:
 
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_benchmark, "TURN_SECONDS", 1e-4)
+    monkeypatch.setattr(bench, "TURN_SECONDS", 1e-4)
     monkeypatch.setattr(op_benchmark, "CASES", {"channel_attention": tiny_cases})
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from .measure import GemmLimit, PeakMemory, Workload
 
 DEFAULT_SECONDS = 60.0
@@ -124,12 +126,10 @@ def benchmark(settings: Settings, progress: bool = False) -> dict[str, Any]:
     from tqdm import tqdm
 
     from .evaluate import choose_device
-    from .measure import GemmLimit, Runner, environment, peak_memory
+    from .measure import GemmLimit, Runner, cpu_threads, environment, peak_memory
 
     device = str(choose_device(settings.device))
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or threads_before)
-    try:
+    with cpu_threads(settings.threads):
         found = environment(device)
         work = workloads(replace(settings, device=device))
         runners = {key: Runner(workload) for key, workload in work.items()}
@@ -139,12 +139,10 @@ def benchmark(settings: Settings, progress: bool = False) -> dict[str, Any]:
         peaks = {key: peak_memory(workload, torch.get_num_threads()) for key, workload in todo}
         limits = {dtype: GemmLimit(dtype, device) for dtype in dict.fromkeys(w.dtype for w in work.values())}
         with tqdm(desc="rounds", total=settings.rounds, file=sys.stderr, disable=quiet) as bar:
-            tasks = [timed(key, runner) for key, runner in runners.items()]
+            tasks = [timed(key, runner, runner.device, runner.warm_up()) for key, runner in runners.items()]
             tasks += [_limit_task(dtype, limit) for dtype, limit in limits.items()]
             timings = interleave(tasks, settings.rounds, settings.seconds, progress=bar.update)
         return make_report(work, timings, flops, peaks, limits) | {"environment": found}
-    finally:
-        torch.set_num_threads(threads_before)
 
 
 def workloads(settings: Settings) -> dict[str, Workload]:
@@ -162,12 +160,12 @@ def workloads(settings: Settings) -> dict[str, Workload]:
     return found
 
 
-def timed(key: str, runner: Any) -> Task:
-    """A task of `interleave` that returns the seconds of one call of `runner` (a `measure.Runner`) under `key`."""
+def timed(key: str, call: Callable[[], object], device: torch.device, seconds: float) -> Task:
+    """A task of `interleave` that returns the seconds of one `call` under `key`; one takes about `seconds`."""
     from .measure import repeats_for, seconds_per_call
 
-    repeats = repeats_for(runner.warm_up(), TURN_SECONDS)
-    return lambda: {key: seconds_per_call(runner, repeats, runner.device)}
+    repeats = repeats_for(seconds, TURN_SECONDS)
+    return lambda: {key: seconds_per_call(call, repeats, device)}
 
 
 def _limit_task(dtype: str, limit: GemmLimit) -> Task:
@@ -255,17 +253,22 @@ HEADINGS = ("model", "mode", "ms", "(quartiles)", "img/s", "of GEMM limit", "pea
             "speed-up", "memory ratio")  # fmt: skip
 
 
+def align(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of a table: the first `left` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+
+
 def format_report(report: Mapping[str, Any]) -> str:
     """The report as a table, with what the numbers mean and what they were measured on below."""
     found, results = report["environment"], report["results"]
     images = f"batches of {report['batch']} images of {report['size']}x{report['size']}"
     lines = [f"{images}, {report['device']}, {found['threads']} threads, {report['rounds']} rounds", ""]
     rows = [HEADINGS, *map(_row, results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), row[1].ljust(widths[1]), *cells]))
-    lines.append("")
+    lines += [*align(rows, left=2), ""]
     against = {result["against"]["result"] for result in results if result["against"]}
     if against:
         rival = "plain inference" if against == {"model/plain"} else "the rival, which is never optimised"

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .benchmark import Spread, Task, interleave
-from .benchmark import timed as timed_task
+from .benchmark import Spread, Task, align, interleave, timed
 
 if TYPE_CHECKING:
     from .measure import PeakMemory, Workload
@@ -58,27 +57,24 @@ def measure_growth(settings: GrowthSettings, progress: bool = False) -> dict[str
     from tqdm import tqdm
 
     from .evaluate import choose_device
-    from .measure import Runner, environment, peak_memory
+    from .measure import Runner, cpu_threads, environment, peak_memory
 
     if len(set(settings.sizes)) < 2:
         raise ValueError(f"sizes={settings.sizes}: growth needs at least two different sizes, e.g. 224,448,896")
     device = str(choose_device(settings.device))
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or threads_before)
-    try:
+    with cpu_threads(settings.threads):
         found = environment(device)
         work = _workloads(settings, device)
         quiet = None if progress else True  # None: shown on a terminal
         tasks: list[Task] = []
         for key, workload in tqdm(work.items(), "models", file=sys.stderr, disable=quiet):
-            tasks.append(timed_task(key, Runner(workload)))
+            runner = Runner(workload)
+            tasks.append(timed(key, runner, runner.device, runner.warm_up()))
         todo = tqdm(work.items() if settings.memory else (), "memory", file=sys.stderr, disable=quiet)
         peaks = {key: peak_memory(workload, torch.get_num_threads()) for key, workload in todo}
         with tqdm(desc="rounds", total=settings.rounds, file=sys.stderr, disable=quiet) as bar:
             timings = interleave(tasks, settings.rounds, settings.seconds, progress=bar.update)
         return {"rows": make_rows(work, timings, peaks), "environment": found}
-    finally:
-        torch.set_num_threads(threads_before)
 
 
 def _workloads(settings: GrowthSettings, device: str) -> dict[str, Workload]:
@@ -139,12 +135,11 @@ def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
                 "-" if growth is None else f"{growth:.1f}x",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
+        *align(lines, left=1),
+        "",
+        "per pixel: time of a pixel over that at the first size; growth: peak memory over that there",
     ]
-    text += ["", "per pixel: time of a pixel over that at the first size; growth: peak memory over that there"]
     if any(row["peak_memory_exact"] is False for row in rows):
         text.append("peak memory is a lower bound here")
     return "\n".join(text)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ..ops import _aot, _triton
 from ..ops._aot import KernelReport
+from .benchmark import align
 
 COLUMNS = ("op", "config", "target", "registers", "spills", "shared", "mma")
 INTRODUCTION = """# What the kernels need
@@ -110,10 +111,7 @@ def _row(report: KernelReport) -> dict[str, str | int]:
 
 def _print_table(reports: Sequence[KernelReport]) -> None:
     rows = [COLUMNS, *(tuple(str(v) for v in _row(r).values()) for r in reports)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    for row in rows:
-        cells = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        print("  ".join(cells).rstrip())
+    print("\n".join(align(rows, left=3)))
 
 
 def _markdown(reports: Sequence[KernelReport]) -> str:

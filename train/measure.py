@@ -150,13 +150,14 @@ class Runner:
             ValueError: the model does not take such an image.
         """
         counter = FlopCounterMode(display=False)
-        with self._blamed(1), _reference_path(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        with self._blamed(1), reference_path(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
             self.model(self.images[:1])
         return counter.get_total_flops()
 
 
 @contextlib.contextmanager
-def _reference_path() -> Iterator[None]:
+def reference_path() -> Iterator[None]:
+    """Operators run on the `reference` path."""
     saved = os.environ.get("STRIATE_BACKEND")
     os.environ["STRIATE_BACKEND"] = "reference"
     try:
@@ -165,6 +166,17 @@ def _reference_path() -> Iterator[None]:
         del os.environ["STRIATE_BACKEND"]
         if saved is not None:
             os.environ["STRIATE_BACKEND"] = saved
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """`count` CPU threads, or as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seconds_per_call(call: Callable[[], object], repeats: int, device: torch.device) -> float:

@@ -6,10 +6,8 @@ Everything that is compared runs in one process in turns, as in `benchmark`. Inf
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,9 +21,9 @@ from torch import Tensor
 from ..ops import channel_attention, explain, gated_linear_attention, route_regions, routing_attention, window_attention
 from ..ops.partition import crop, grid_interval, group_mask, merge, pad_map, padded_size, split
 from ..ops.position import expand_bias
-from .benchmark import TURN_SECONDS, Spread, Task, interleave
+from .benchmark import Spread, Task, interleave, timed
 from .evaluate import choose_device
-from .measure import environment, repeats_for, seconds_per_call
+from .measure import cpu_threads, environment, reference_path, seconds_per_call
 
 OURS, DEFINITION, PLAIN, SDPA, COMPILED = "striate", "definition", "matmul-softmax", "sdpa", "torch.compile"
 RECURRENCE_TOKENS = 256  # beyond, the token-by-token definition takes seconds
@@ -169,22 +167,10 @@ def _defined(call: Call) -> Call:
     """The same on the `reference` path."""
 
     def run(*tensors: Tensor) -> Tensor:
-        with _environment("STRIATE_BACKEND", "reference"):
+        with reference_path():
             return call(*tensors)
 
     return run
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    saved = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if saved is not None:
-            os.environ[name] = saved
 
 
 def flash_both_ways(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, reverse_gate: Tensor) -> Tensor:
@@ -225,9 +211,7 @@ def benchmark_ops(settings: OpSettings, progress: bool = False) -> dict[str, Any
         if unknown := [name for name in asked if name not in known]:
             raise ValueError(f"{unknown[0]!r} is unknown; choose from {', '.join(known)}")
     device = choose_device(settings.device)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or threads_before)
-    try:
+    with cpu_threads(settings.threads):
         found = environment(str(device))
         cases = [case for op in settings.ops or CASES for case in CASES[op](settings.batch, _maker(settings, device))]
         rows = []
@@ -236,8 +220,6 @@ def benchmark_ops(settings: OpSettings, progress: bool = False) -> dict[str, Any
             for mode in ("inference", "train") if settings.train else ("inference",):
                 rows += _measure(case, mode, settings, seconds, device)
         return {"rows": rows, "environment": found}
-    finally:
-        torch.set_num_threads(threads_before)
 
 
 def _maker(settings: OpSettings, device: torch.device) -> Callable[..., Tensor]:
@@ -265,8 +247,7 @@ def _measure(
                 raise
             missing[way] = _one_line(error)
             continue
-        repeats = repeats_for(seconds_per_call(run, 1, device), TURN_SECONDS)
-        tasks.append(lambda way=way, run=run, n=repeats: {way: seconds_per_call(run, n, device)})  # type: ignore[misc]
+        tasks.append(timed(way, run, device, seconds_per_call(run, 1, device)))
     timings = interleave(tasks, settings.rounds, seconds)
     row = {"op": case.op.__name__, "case": case.name, "mode": mode}
     return [row | _entry(way, case, timings, missing) for way in ways]
