@@ -1,6 +1,20 @@
 """Backbone families and the factory that creates them by name."""
 
-from . import biformer, crossformer, davit, maxvit, swin, vig
+from . import (
+    biformer,
+    crossformer,
+    davit,
+    maxvit,
+    metaspikformer,
+    mst,
+    qsd_transformer,
+    spike_driven_transformer,
+    spikformer,
+    spikformer_v2,
+    statten,
+    swin,
+    vig,
+)
 from ._base import Backbone, FeaturePyramid
 from ._checkpoint import CheckpointError, load_checkpoint
 from ._inference import optimize_for_inference
@@ -19,8 +33,15 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "maxvit",
+    "metaspikformer",
     "model_info",
+    "mst",
     "optimize_for_inference",
+    "qsd_transformer",
+    "spike_driven_transformer",
+    "spikformer",
+    "spikformer_v2",
+    "statten",
     "swin",
     "vig",
 ]

@@ -21,6 +21,8 @@ CACHE_BYTES = 10 << 20  # hidden layer of an MLP: 4 to 12 MB measured alike, the
 class Stage(nn.Module):
     """Optional downsampling followed by blocks, with activation checkpointing per block."""
 
+    batch_axis = 0
+
     def __init__(self, downsample: nn.Module, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.downsample = downsample
@@ -30,8 +32,8 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         images = self._images_at_once(x)
-        if images and images < x.shape[0]:
-            return torch.cat([self._run(part) for part in x.split(images)])
+        if images and images < x.shape[self.batch_axis]:
+            return torch.cat([self._run(part) for part in x.split(images, self.batch_axis)], self.batch_axis)
         return self._run(x)
 
     def _images_at_once(self, x: Tensor) -> int:
@@ -39,7 +41,7 @@ class Stage(nn.Module):
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.training or torch.is_grad_enabled() or traced or x.device.type != "cpu":
             return 0
-        return max(1, CACHE_BYTES // (4 * x.shape[1:].numel() * x.element_size()))
+        return max(1, CACHE_BYTES * x.shape[self.batch_axis] // max(1, 4 * x.numel() * x.element_size()))
 
     def _run(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -249,6 +251,10 @@ class FeaturePyramid(nn.Module):
         out_indices: stages to return; negative ones count from the end.
         feature_norms: normalise each returned map as the paper's detection and segmentation code does; the
             un-normalised map goes on to the next stage.
+        keep_time: of a spiking backbone, return the maps of every step, not their mean.
+
+    Raises:
+        ValueError: for a stage that the backbone does not have, or `keep_time` of one that does not spike.
 
     Attributes:
         feature_info: timm's `FeatureInfo`: `channels()` and `reduction()` of the returned maps.
@@ -256,9 +262,17 @@ class FeaturePyramid(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, out_indices: Sequence[int] | int | None = None, feature_norms: bool = False
+        self,
+        backbone: Backbone,
+        out_indices: Sequence[int] | int | None = None,
+        feature_norms: bool = False,
+        keep_time: bool = False,
     ) -> None:
         super().__init__()
+        if keep_time and not hasattr(backbone, "keep_time"):
+            raise ValueError(f"keep_time=True: a {type(backbone).__name__} has no time steps; leave it out")
+        if keep_time:
+            backbone.keep_time = True  # type: ignore[assignment]
         self.out_indices = tuple(backbone._take_indices(out_indices))
         self.feature_info = FeatureInfo(backbone.feature_info, self.out_indices)
         backbone.prune_intermediate_layers(self.out_indices, prune_norm=True)
@@ -271,13 +285,13 @@ class FeaturePyramid(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image `(B, in_chans, H, W)` -> maps `(B, C_i, H / s_i, W / s_i)`, sizes rounded up.
 
-        BiFormer-STL and plain ViG round down, as published.
+        BiFormer-STL and plain ViG round down, as published. With `keep_time`, the maps are `(T, B, C_i, …)`.
         """
         layout = "NCHW" if self.norms is None else "NHWC"
         _, maps = self.backbone._collect(x, self.out_indices, max(self.out_indices), layout)
         if self.norms is None:
             return maps
-        return [norm(m).permute(0, 3, 1, 2).contiguous() for norm, m in zip(self.norms.values(), maps, strict=True)]
+        return [norm(m).movedim(-1, -3).contiguous() for norm, m in zip(self.norms.values(), maps, strict=True)]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See `Backbone.set_grad_checkpointing`."""

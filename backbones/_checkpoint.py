@@ -38,8 +38,9 @@ def load_checkpoint(
     are converted, derived buffers are recomputed. Everything is checked before the first weight changes. These
     adaptations are made, and reported once each as a warning of the logger `striate`: another number of classes
     leaves the classifier as it is; another number of input channels adapts the first convolution; a position table of
-    another window is resized; classifier weights have no place in a feature pyramid; norms of a feature pyramid that a
-    classification checkpoint does not have stay as they are.
+    another window is resized; a classifier for distillation that the checkpoint does not have stays as it is;
+    classifier weights have no place in a feature pyramid; norms of a feature pyramid that a classification checkpoint
+    does not have stay as they are.
 
     Args:
         model: a model of `create_model`.
@@ -186,11 +187,16 @@ def _fit(
     optional = {key for key in target if key.endswith("num_batches_tracked")}
     state = dict(state)
     wanted = target["head.fc.weight"].shape[0] if "head.fc.weight" in target else 0
+    classifiers = {key for key in target if key.startswith(("head.fc.", "head.fc_dist."))}
+    distilled = {key for key in classifiers if key.startswith("head.fc_dist.")}
     if backbone is model and "head.fc.weight" in state and state["head.fc.weight"].shape[0] != wanted:
         logger.warning("the checkpoint has %d classes, the model %d: its classifier was not loaded",
-                       state.pop("head.fc.weight").shape[0], wanted)  # fmt: skip
-        state.pop("head.fc.bias", None)
-        optional |= {"head.fc.weight", "head.fc.bias"}
+                       state["head.fc.weight"].shape[0], wanted)  # fmt: skip
+        state = {key: value for key, value in state.items() if not key.startswith(("head.fc.", "head.fc_dist."))}
+        optional |= classifiers
+    elif distilled and not distilled & state.keys():
+        logger.warning("the checkpoint has no classifier for distillation: the model's stays as it is")
+        optional |= distilled
     norms = {key for key in target if key.startswith("norms.")}
     if norms and not norms & state.keys():
         logger.warning("the checkpoint has no feature norms: those of the pyramid stay as they are")

@@ -188,7 +188,7 @@ def build(
     cfg = _resolve_cfg(info, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
     cache_dir = kwargs.pop("cache_dir", None)
     kwargs.pop("pretrained_model_args", None)  # timm's record of the arguments that a saved config brought along
-    pyramid = {key: kwargs.pop(key) for key in ("out_indices", "feature_norms") if key in kwargs}
+    pyramid = {key: kwargs.pop(key) for key in ("out_indices", "feature_norms", "keep_time") if key in kwargs}
     features_only = kwargs.pop("features_only", False)
     if pyramid and not features_only:
         raise ValueError(f"{', '.join(pyramid)} go with features_only=True")
@@ -205,12 +205,19 @@ def build(
 
 
 def _options(cls: type[Backbone], info: ModelInfo, arch: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    accepted = inspect.signature(cls).parameters
+    accepted = _parameters(cls)
     if unknown := sorted(set(kwargs) - set(accepted)):
         raise ValueError(
             f"{info.name} takes no argument {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(accepted))}"
         )
     return {**arch, **kwargs}
+
+
+def _parameters(cls: type) -> set[str]:
+    """Names of the arguments of `cls`, and of those that it passes on to its base as `**kwargs`."""
+    own = inspect.signature(cls).parameters.values()
+    names = {p.name for p in own if p.kind is not p.VAR_KEYWORD}
+    return names if len(names) == len(own) else names | _parameters(cls.__mro__[1])
 
 
 def _resolve_cfg(info: ModelInfo, cfg: Any, overlay: dict[str, Any] | None) -> dict[str, Any]:

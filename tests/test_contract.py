@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,11 +22,33 @@ from helpers import relative, saved_bytes
 from striate.backbones import Backbone, FeaturePyramid
 
 NAMES = striate.list_models()
-PLAIN = ("vig_tiny", "vig_small", "vig_base")  # one stage, one level
-LIGHT = [name for name in NAMES if striate.model_info(name).params < 30]  # the larger ones differ in width and depth
+FAMILY = {name: striate.model_info(name).family.name for name in NAMES}
+FAMILIES = sorted(set(FAMILY.values()))
+LIGHTEST = [
+    min((n for n in NAMES if FAMILY[n] == f and "cifar" not in n), key=lambda n: striate.model_info(n).params)
+    for f in FAMILIES
+]
+SPIKING = (
+    "metaspikformer",
+    "mst",
+    "qsd_transformer",
+    "spike_driven_transformer",
+    "spikformer",
+    "spikformer_v2",
+    "statten",
+)
+SPIKES = [name for name in LIGHTEST if FAMILY[name] in SPIKING]
+PLAIN = [
+    name
+    for name in NAMES
+    if name in ("vig_tiny", "vig_small", "vig_base")
+    or FAMILY[name].startswith(("spikformer", "spike_driven", "statten"))
+]  # one stage, one level
+# the larger ones differ in width and depth, as do the sizes of a spiking family
+LIGHT = [
+    name for name in NAMES if striate.model_info(name).params < 30 and (FAMILY[name] not in SPIKING or name in SPIKES)
+]
 PYRAMIDS = [name for name in LIGHT if name not in PLAIN]
-FAMILIES = sorted({striate.model_info(name).family.name for name in NAMES})
-LIGHTEST = [min(striate.list_models(family=f), key=lambda name: striate.model_info(name).params) for f in FAMILIES]
 
 # of the 1000-class models: the published figures, or counted by building the authors' code
 PARAMETERS = {
@@ -68,16 +91,41 @@ PARAMETERS = {
     "vig_h_tiny": 28_600_680,
     "vig_h_small": 50_051_688,
     "vig_h_base": 88_904_360,
+    # less the layers that the authors' code builds and never runs
+    "spikformer_8_384": 16_828_312 - 12_288,
+    "spikformer_8_512": 29_705_768 - 16_384,
+    "spikformer_8_768": 66_363_208 - 24_576,
+    "spike_driven_transformer_8_384": 16_816_536 - 512,
+    "spike_driven_transformer_8_512": 29_689_896 - 512,
+    "spike_driven_transformer_8_768": 66_339_144 - 512,
+    "statten_8_512": 29_689_896 - 512,
+    "statten_8_768": 66_339_144 - 512,
+    "metaspikformer_15m": 15_112_208,
+    "metaspikformer_8_384": 31_333_864,
+    "metaspikformer_8_512": 55_350_248,
+    "mst_tiny": 28_332_638,
 }
 
 SMALL = (128, 112)  # a size that every model takes
-SHALLOW = (2, 1, 1, 1)  # for the compiler, whose time grows with the blocks
+SHALLOW = (2, 1, 1, 1)  # for the compiler, whose time grows with the blocks, and with time steps
 ODD = (131, 119)  # divisible by no stride and no window
+
+
+@pytest.fixture(autouse=True)
+def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Spiking models in float64: a rounding error of float32 that crosses a threshold changes all that follows."""
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    exact = FAMILY.get(name) in SPIKING and request.function not in (test_full_size, test_bfloat16_autocast)
+    torch.set_default_dtype(torch.float64 if exact else torch.float32)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def make(name: str, depth: int | tuple[int, ...] = 2, **kwargs: Any) -> nn.Module:
     """The model with `depth` blocks in every stage: two show all kinds of blocks."""
     depths = (depth,) * 4 if isinstance(depth, int) else depth
+    if name in SPIKES and depth == SHALLOW:
+        depths, kwargs = (1, 1, 1, 1), {"timesteps": 2} | kwargs
     if name in PLAIN:
         depths = depths[:1]
     return shaken(striate.create_model(name, depths=depths, **kwargs))
@@ -94,9 +142,28 @@ def shaken(model: nn.Module) -> nn.Module:
 
 def map_side(name: str, side: int, stride: int) -> int:
     """Tokens along a side of the image; the patches of two published models leave out the last pixels of odd sizes."""
-    if name in PLAIN:
+    if FAMILY[name] == "vig" and name in PLAIN:
         return ((side - 7) // 8 + 2) // 2
     return side // stride if name.startswith("biformer_stl") else math.ceil(side / stride)
+
+
+def strides(name: str) -> list[int]:
+    """Of the levels of a pyramid."""
+    if name in PLAIN:
+        return [4] if name.endswith("_cifar") or name == "spikformer_nano" else [16]
+    if FAMILY[name] in ("metaspikformer", "qsd_transformer"):
+        return [2, 4, 8, 16, 16]
+    return [2, 4, 8, 16, 32][FAMILY[name] != "maxvit" :]
+
+
+def fitting(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """The size, or a quarter of it for models of images of 32 pixels, whose maps stay large."""
+    return (size[0] // 4, size[1] // 4) if striate.model_info(name).input_size[1] == 32 else size
+
+
+def settled(name: str, features: Tensor) -> Tensor:
+    """What a model's last map is as an intermediate: of a spiking one, the mean over its steps."""
+    return features.mean(0) if FAMILY[name] in SPIKING else features
 
 
 def image(size: tuple[int, int] = SMALL, batch: int = 2, chans: int = 3) -> Tensor:
@@ -119,14 +186,15 @@ def test_full_size(name) -> None:
     count = sum(p.numel() for p in model.parameters())
     assert count == PARAMETERS.get(name, count)
     assert round(count / 1e6, 1) == info.params
-    x = image(batch=1)
+    size = fitting(name, SMALL)
+    x = image(size, batch=1)
     with torch.no_grad():
         logits = model.eval()(x)
     assert logits.shape == (1, 1000)
     assert logits.isfinite().all()
     if info.params > 250:  # the same layers as the smaller sizes, in several times 5 GB of gradients and activations
         return
-    for key, grad in gradients(shaken(model).train(), image()).items():
+    for key, grad in gradients(shaken(model).train(), image(size)).items():
         assert grad is not None, key
         assert grad.isfinite().all(), key
         assert grad.abs().max() > 0, key
@@ -137,9 +205,10 @@ def test_full_size(name) -> None:
 def test_feature_pyramid(name, size) -> None:
     model = make(name, 1, features_only=True)
     info = model.feature_info
+    size = fitting(name, size)
     x = image(size)
     maps = model(x)
-    assert info.reduction() == ([16] if name in PLAIN else [2, 4, 8, 16, 32][name[:6] != "maxvit" :])
+    assert info.reduction() == strides(name)
     assert [m.shape[1] for m in maps] == info.channels()
     for m, stride in zip(maps, info.reduction(), strict=True):
         assert m.shape[0] == 2
@@ -204,13 +273,15 @@ def test_intermediates_agree_with_the_forward(name) -> None:
 
         normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
         assert len(normed) == 1
-        last = features if model.output_fmt == "NCHW" else features.permute(0, 3, 1, 2)
+        last = settled(name, features)
+        last = last if model.output_fmt == "NCHW" else last.permute(0, 3, 1, 2)
         assert torch.equal(normed[0], last)
         # DaViT and MaxViT normalise after pooling
         assert torch.equal(normed[0], maps[-1]) == isinstance(model.norm, nn.Identity)
 
         early, some = model.forward_intermediates(x, indices=[0, 1 - len(maps)], stop_early=True)
         assert [torch.equal(a, b) for a, b in zip(some, maps, strict=False)] == [True, True]
+        early = settled(name, early)
         assert torch.equal(early if model.output_fmt == "NCHW" else early.permute(0, 3, 1, 2), maps[1])
 
 
@@ -222,7 +293,7 @@ def test_feature_info_names_modules_that_make_the_maps(name) -> None:
         model.get_submodule(info["module"]).register_forward_hook(lambda _m, _x, out: seen.append(out))
     with torch.no_grad():
         maps = model.forward_intermediates(image(), output_fmt=model.output_fmt, intermediates_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(seen, maps, strict=True))
+    assert all(torch.equal(settled(name, a), b) for a, b in zip(seen, maps, strict=True))
 
 
 @pytest.mark.parametrize("name", LIGHTEST)
@@ -268,7 +339,9 @@ def test_reset_classifier(name) -> None:
     model.reset_classifier(0)
     assert torch.equal(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
     model.reset_classifier(0, "")
-    if isinstance(model.norm, nn.Identity):  # timm's head that normalises after pooling gives an NCHW map
+    if FAMILY[name] in SPIKING:
+        assert torch.equal(model(x), model.forward_features(x).mean(0))
+    elif isinstance(model.norm, nn.Identity):  # timm's head that normalises after pooling gives an NCHW map
         assert model(x).shape == model.forward_features(x).permute(0, 3, 1, 2).shape
     else:
         assert torch.equal(model(x), model.forward_features(x))
@@ -293,7 +366,10 @@ def test_grad_checkpointing_gives_equal_gradients_and_keeps_less(name) -> None:
     want, kept = gradients(model, x), saved_bytes(lambda: model(x))
     model.set_grad_checkpointing()
     got = gradients(model, x)
-    assert max(relative(got[key], want[key]) for key in want) < 1e-5
+    # where the true gradient is 0 (a bias before a batch norm) both hold rounding errors alone
+    noise = 1e-9 * max(float(g.abs().max()) for g in want.values())
+    for key in want:
+        assert (got[key] - want[key]).abs().max() < 1e-5 * want[key].abs().max() + noise, key
     assert saved_bytes(lambda: model(x)) < 0.6 * kept
     model.set_grad_checkpointing(False)
     assert 0.9 * kept < saved_bytes(lambda: model(x)) < 1.1 * kept  # what stochastic depth drops is not kept
@@ -395,23 +471,25 @@ def test_bfloat16_autocast(name) -> None:
         with torch.no_grad():
             again = model(x)
     assert got.dtype == torch.bfloat16
-    assert relative(got, want) < 0.1
-    assert relative(again, want) < 0.1
+    if name not in SPIKES:  # whose thresholds turn roundings into other spikes
+        assert relative(got, want) < 0.1
+        assert relative(again, want) < 0.1
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(x).float().pow(2).sum()
     loss.backward()
-    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+    assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_float64(name) -> None:
     model = make(name, 1).eval()
     x = image()
-    single = model(x)
+    single = model.float()(x.float())
     double = model.double()(x.double())
+    assert single.dtype == torch.float32
     assert double.dtype == torch.float64
-    assert relative(single, double) < 1e-4
+    assert relative(single, double) < (1.0 if name in SPIKES else 1e-4)  # thresholds turn roundings into other spikes
 
 
 @pytest.mark.parametrize("name", LIGHT)

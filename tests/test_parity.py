@@ -20,6 +20,7 @@ from striate.backbones.biformer import BiLevelRoutingAttention
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.stem for path in FIXTURES.glob("*.json"))
 OUTPUT, FEATURE, GRADIENT = 1e-4, 1e-3, 2e-3  # float32: the authors' code differs from its own float64 by up to 7e-5
+EXACT, EXACT_GRADIENT = 1e-7, 1e-5  # float64, where thresholds would turn roundings of float32 into other spikes
 
 
 def read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -63,7 +64,11 @@ def normal(shape: list[int], seed: int) -> Tensor:
 def build(record: dict[str, Any], state: dict[str, Tensor], **changes: Any) -> nn.Module:
     model = striate.create_model(record["model"], **{**record["kwargs"], **changes})
     striate.load_checkpoint(model, {"model": state})
-    return model.eval()
+    return model.eval().to(dtype(record))
+
+
+def dtype(record: dict[str, Any]) -> torch.dtype:
+    return getattr(torch, record.get("dtype", "float32"))
 
 
 def output(record: dict[str, Any], result: Any) -> Tensor:
@@ -89,10 +94,11 @@ def test_numbers_of_the_authors(name) -> None:
         if isinstance(module, BiLevelRoutingAttention):
             module.register_forward_pre_hook(lambda m, args: routes.append(m.routes(args[0].detach())))
 
-    x = normal(record["input_shape"], record["input_seed"])
+    exact = dtype(record) == torch.float64
+    x = normal(record["input_shape"], record["input_seed"]).to(dtype(record))
     result = model(x)
     got = output(record, result)
-    assert relative(got, want["output"]) < OUTPUT
+    assert relative(got, want["output"]) < (EXACT if exact else OUTPUT)
 
     assert len(routes) == len(record["tied_rows"])
     for i, tied in enumerate(record["tied_rows"]):
@@ -102,17 +108,18 @@ def test_numbers_of_the_authors(name) -> None:
     if record["output"] == "logits":
         with torch.no_grad():
             result = model.forward_intermediates(x, intermediates_only=True)
-    for i, feature in enumerate(result):
+    for i, feature in enumerate([] if exact else result):
         assert relative(feature.flatten()[want[f"feature{i}_index"]], want[f"feature{i}_value"]) < FEATURE
 
+    rel = EXACT_GRADIENT if exact else GRADIENT
     (got * normal(list(got.shape), record["probe_seed"])).sum().backward()
     norms = {key: p.grad.double().norm().item() for key, p in model.named_parameters()}
     total = sum(n**2 for n in norms.values()) ** 0.5
-    assert total == pytest.approx(record["gradient_norm"], rel=GRADIENT)
+    assert total == pytest.approx(record["gradient_norm"], rel=rel)
     names = our_names(model, state)
     assert len(set(names.values())) == len(norms) == len(record["gradient_norms"])
     for key, norm in norms.items():
-        assert norm == pytest.approx(record["gradient_norms"][names[key]], rel=GRADIENT, abs=1e-6 * total), key
+        assert norm == pytest.approx(record["gradient_norms"][names[key]], rel=rel, abs=1e-6 * total), key
 
 
 @pytest.mark.parametrize(
@@ -128,13 +135,16 @@ def test_numbers_of_the_authors(name) -> None:
         ("maxvit_tiny_tf_224", {"img_size": 256}),
         ("crossformer_tiny", {"interval": (8, 4, 1, 1)}),
         ("crossformer_pp_small", {"group_size": (4, 4, 7, 7)}),
+        ("spikformer_cifar10_4_384", {"num_heads": 6}),
+        ("spike_driven_transformer_cifar10_2_512", {"timesteps": 3}),
+        ("statten_cifar10_2_512", {"chunk_size": 1}),
     ],
 )
 def test_the_comparison_sees_a_small_difference(name, change) -> None:
     record, want = read(name)
     model = build(record, official_weights(record), **change)
     with torch.no_grad():
-        result = model(normal(record["input_shape"], record["input_seed"]))
+        result = model(normal(record["input_shape"], record["input_seed"]).to(dtype(record)))
     assert relative(output(record, result), want["output"]) > 5 * OUTPUT
 
 
@@ -142,7 +152,8 @@ def test_fixtures_cover_what_they_should() -> None:
     """Classification and dense code, sizes that need padding, all families; and they stay small."""
     records = [read(name)[0] for name in NAMES]
     assert {r["model"].split("_")[0] for r in records} >= {
-        "swin", "swinv2", "biformer", "davit", "maxvit", "crossformer", "vig"
+        "swin", "swinv2", "biformer", "davit", "maxvit", "crossformer", "vig",
+        "metaspikformer", "mst", "qsd", "spike", "spikformer", "statten",
     }  # fmt: skip
     assert {r["output"] for r in records} == {"logits", "pyramid_mean"}
     assert any(side % 32 for r in records for side in r["input_shape"][2:])
