@@ -1,4 +1,4 @@
-"""What a training run can be told: dataclasses in six groups, read from YAML and the command line.
+"""What a training run can be told: dataclasses in seven groups, read from YAML and the command line.
 
 Every key is a field here and nowhere else: `--optim.lr 1e-3` and
 
@@ -102,6 +102,29 @@ class AugmentConfig:
 
 
 @dataclass(kw_only=True)
+class LossConfig:
+    """What is minimised, beyond the cross entropy with the labels that `augment` makes."""
+
+    tet: float | None = _key(
+        None,
+        "temporal efficient training of a spiking model: each time step learns the labels, and this much of the loss, "
+        "in [0, 1), is the mean squared distance of the logits to 1; null = the mean of the steps learns",
+    )
+    teacher: str | None = _key(
+        None, "learn from this model too: a run folder, or a name for striate.create_model, with its published weights"
+    )
+    teacher_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "further arguments of the teacher; checkpoint_path: FILE instead of the published weights"},
+    )
+    distillation_weight: float = _key(
+        0.5,
+        "part of the loss that comes from the teacher, in [0, 1], through the model's own head for it if it has one",
+    )
+    temperature: float = _key(1.0, "of the teacher's and the model's probabilities; 0 = learn the teacher's decisions")
+
+
+@dataclass(kw_only=True)
 class OptimConfig:
     """The optimizer."""
 
@@ -156,11 +179,12 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """All keys of a run. See the six groups."""
+    """All keys of a run. See the seven groups."""
 
     model: ModelConfig
     data: DataConfig
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -170,6 +194,7 @@ GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "augment": AugmentConfig,
+    "loss": LossConfig,
     "optim": OptimConfig,
     "schedule": ScheduleConfig,
     "run": RunConfig,
@@ -230,7 +255,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
 
 def train_parser() -> ConfigParser:
-    """The parser of `striate train`: `--config` and every key of the six groups."""
+    """The parser of `striate train`: `--config` and every key of the seven groups."""
     parser = ConfigParser(
         prog="striate train",
         usage="striate train --config RECIPE --run.output DIR [--GROUP.KEY VALUE …]",
@@ -316,10 +341,10 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         ValueError: names the key, the value and the rule.
     """
-    model, data, augment, optim, schedule, run = (getattr(config, group) for group in GROUPS)
+    model, data, augment, loss, optim, schedule, run = (getattr(config, group) for group in GROUPS)
     sizes = data.image_size if isinstance(data.image_size, tuple) else (data.image_size,)
     mixes = augment.mixup > 0 or augment.cutmix > 0 or augment.mix_options.get("cutmix_minmax") is not None
-    rules: list[tuple[str, Any, bool, str]] = [
+    rules: list[tuple[str, Any, Any, str]] = [
         ("model.name", model.name, bool(model.name), "a model name"),
         ("model.num_classes", model.num_classes, model.num_classes is None or model.num_classes >= 1, ">= 1"),
         ("model.in_chans", model.in_chans, model.in_chans in (1, 3), "3 or 1"),
@@ -339,6 +364,15 @@ def check_config(config: TrainConfig) -> None:
         ("augment.mix_off_epoch", augment.mix_off_epoch, augment.mix_off_epoch >= 0, ">= 0"),
         ("augment.label_smoothing", augment.label_smoothing, 0 <= augment.label_smoothing < 1, "in [0, 1)"),
         ("augment.repeats", augment.repeats, augment.repeats >= 1, ">= 1"),
+        ("loss.tet", loss.tet, loss.tet is None or 0 <= loss.tet < 1, "in [0, 1), or null"),
+        (
+            "loss.teacher_options",
+            loss.teacher_options,
+            not loss.teacher_options or loss.teacher,
+            "{} without a teacher",
+        ),
+        ("loss.distillation_weight", loss.distillation_weight, 0 <= loss.distillation_weight <= 1, "in [0, 1]"),
+        ("loss.temperature", loss.temperature, 0 <= loss.temperature < math.inf, ">= 0"),
         ("optim.lr", optim.lr, 0 < optim.lr < math.inf, "> 0"),
         ("optim.reference_batch", optim.reference_batch, (optim.reference_batch or 1) >= 1, ">= 1"),
         ("optim.reference_batch", optim.reference_batch, optim.reference_batch != 0, ">= 1"),

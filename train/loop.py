@@ -37,6 +37,7 @@ from .data import (
 from .evaluate import EvalResult, autocast, check_labels, choose_device, evaluate
 from .log import RunLog
 from .model import adopt_preprocess, build_model, count_parameters
+from .objective import Objective, build_teacher
 from .optim import build_ema, build_loss, build_mixup, build_optimizer, build_scheduler, lr_scale
 from .sampler import TrainingOrder
 from .seeding import derive_seed, seed_all
@@ -157,7 +158,9 @@ class Trainer:
         self.total_steps = self.epochs * self.steps_per_epoch
         self.ema = build_ema(config.optim, self.model)
         self.mixup = build_mixup(config.augment, self.num_classes)
-        self.loss = build_loss(config.augment, self.mixup)
+        self.objective = Objective(config.loss, build_loss(config.augment, self.mixup), self.model)
+        in_chans = config.model.in_chans
+        self.teacher = build_teacher(config.loss, self.num_classes, in_chans, self.preprocess, self.device)
 
     def _order(self, start_step: int, stop_step: int) -> TrainingOrder:
         config = self.config
@@ -222,8 +225,9 @@ class Trainer:
             if self.mixup is not None:
                 images, labels = self.mixup(images, labels)
             with autocast(self.device, config.run.precision):
-                logits = self.model(images)
-            loss = self.loss(logits.float(), labels) / passes
+                outputs = self.model(images)
+                hints = self.teacher(images) if self.teacher is not None else None
+            loss = self.objective(outputs, labels, hints) / passes
             loss.backward()
             self._accumulate(loss.detach())
         if config.optim.clip_grad is not None:
