@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import striate
 from striate.train.cli import main
-from striate.train.config import DataConfig
+from striate.train.config import DataConfig, load_config
 from striate.train.evaluate import evaluate, validate
 from striate.train.loop import train
 from striate.train.model import load_trained
@@ -90,6 +90,17 @@ def test_command_on_a_run_folder(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"top-1 {final['top1']:.2f} % ({final['correct']}/20), top-5" in capsys.readouterr().out
 
 
+def test_options_take_the_place_of_those_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved, data = load_trained(run), load_config(run / "config.yaml").data
+    weights = run / "best.safetensors"
+    other = striate.create_model("test_efficientnet", checkpoint_path=weights, num_classes=10, act_layer="hard_swish")
+    other.pretrained_cfg = saved.pretrained_cfg
+    want = validate(other, data, CPU)
+    assert want.loss != pytest.approx(validate(saved, data, CPU).loss, rel=1e-4)
+    assert main(["validate", str(run), "--model.options", "{act_layer: hard_swish}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(want.loss, rel=1e-6)
+
+
 def test_command_on_a_published_model_and_on_a_checkpoint(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +126,8 @@ def test_command_on_a_published_model_and_on_a_checkpoint(
         (["test_efficientnet"], "data.name"),
         (["test_efficientnet", "--data.nam", "npz"], "did you mean data.name"),
         (["RUN", "--weights", "worst"], "worst.safetensors does not exist"),
+        (["RUN", "--model.options", "{num_classes: 3}"], "model.options may not hold num_classes"),
+        (["RUN", "--model.options", "{tallness: 3}"], "unexpected keyword argument 'tallness'"),
     ],
 )
 def test_wrong_requests(run: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ COMMANDS = {
     "list": Command(".cli:list_models", "list the models whose names match a pattern"),
     "info": Command(".cli:info", "show what is known about a model"),
     "benchmark": Command(".benchmark:main", "measure speed and memory of a model"),
+    "profile": Command(".profile:main", "estimate the energy of a model, layer by layer, from spikes on real images"),
     "kernels": Command(".kernels:main", "compile the Triton kernels for a GPU and show what each needs"),
     "demo": Command(".demo:main", "train, publish and look into a small BiFormer on the embedded images"),
 }

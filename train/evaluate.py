@@ -129,6 +129,20 @@ def check_labels(source: Source, num_classes: int, split: str) -> None:
         )
 
 
+def open_images(model: nn.Module, config: DataConfig, in_chans: int | None = None) -> tuple[Source, EvalImages]:
+    """data.eval_split, and its images made inputs of `model`, as its `pretrained_cfg` (or `in_chans`) and data.* say.
+
+    Raises:
+        ValueError: an unknown data set or split, or a wrong configuration.
+        FileNotFoundError: the data set is not there.
+    """
+    pretrained_cfg = getattr(model, "pretrained_cfg", None) or {}
+    in_chans = in_chans or next(iter(pretrained_cfg.get("input_size") or (3,)))
+    source = open_source(config, config.eval_split, in_chans)
+    preprocess = resolve_preprocess(config, in_chans, pretrained_cfg)
+    return source, EvalImages(source.images, eval_transform(preprocess), image_mode(in_chans))
+
+
 def validate(
     model: nn.Module,
     config: DataConfig,
@@ -143,12 +157,8 @@ def validate(
         ValueError: the data set and the model do not fit, or the configuration is wrong.
         FileNotFoundError: the data set is not there.
     """
-    pretrained_cfg = getattr(model, "pretrained_cfg", None) or {}
-    in_chans = in_chans or next(iter(pretrained_cfg.get("input_size") or (3,)))
-    source = open_source(config, config.eval_split, in_chans)
+    source, images = open_images(model, config, in_chans)
     check_labels(source, int(model.num_classes), config.eval_split)  # type: ignore[arg-type]
-    preprocess = resolve_preprocess(config, in_chans, pretrained_cfg)
-    images = EvalImages(source.images, eval_transform(preprocess), image_mode(in_chans))
     loader = eval_loader(images, config.batch_size, config.workers, device)
     bar = tqdm(loader, unit="batch", file=sys.stderr, disable=None if progress else True)
     result = evaluate(model.to(device), bar, device, precision)
@@ -168,6 +178,34 @@ def validate_parser() -> ConfigParser:
     return parser
 
 
+def take_defaults(parser: ConfigParser, source: str) -> RunFolder | None:
+    """If `source` is a run folder, return it and let its configuration have the defaults of data.* and run.*."""
+    run = RunFolder(source)
+    if not run.config.is_file():
+        return None
+    trained = load_config(run.config)
+    values = {
+        f"{group}.{key}": value for group in ("data", "run") for key, value in vars(getattr(trained, group)).items()
+    }
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults({key: value for key, value in values.items() if key in known})
+    return run
+
+
+def open_model(values: dict[str, Any], run: RunFolder | None) -> tuple[nn.Module, int | None]:
+    """The model of a parsed command, and the image channels it was asked for: None if it knows them itself.
+
+    Raises:
+        ValueError: an unknown name or argument, or weights that do not fit.
+        FileNotFoundError: there are no such weights.
+    """
+    if run is not None:
+        return load_trained(run.path, values["weights"], values["model"]["options"]), None
+    config = ModelConfig(name=values["source"], **values["model"])
+    in_chans = None if config.name.startswith(("hf-hub:", "local-dir:")) else config.in_chans
+    return build_model(config, config.num_classes, in_chans), in_chans
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`striate validate`: print top-1 and the counts of a model on a data set.
 
@@ -178,20 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = validate_parser()
     if argv and argv[0].startswith("-") and not {"-h", "--help"} & set(argv):
         raise ValueError(f"give the run folder or the model first, before {argv[0]}")
-    run = RunFolder(argv[0]) if argv and RunFolder(argv[0]).config.is_file() else None
-    if run is not None:
-        trained = load_config(run.config)
-        parser.set_defaults({f"data.{key}": value for key, value in vars(trained.data).items() if key != "train_split"})
-        parser.set_defaults({"run.precision": trained.run.precision, "run.device": trained.run.device})
+    run = take_defaults(parser, argv[0]) if argv else None
     values = parser.parse(argv)
     device = choose_device(values["run"]["device"])
-    in_chans = None
-    if run is not None:
-        model = load_trained(run.path, values["weights"])
-    else:
-        config = ModelConfig(name=values["source"], **values["model"])
-        in_chans = None if config.name.startswith(("hf-hub:", "local-dir:")) else config.in_chans
-        model = build_model(config, config.num_classes, in_chans)
+    model, in_chans = open_model(values, run)
     data = DataConfig(**values["data"])
     result = validate(model, data, device, values["run"]["precision"], progress=True, in_chans=in_chans)
     if values["json"]:

@@ -154,13 +154,13 @@ def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def check_plotting() -> None:
-    """Raise a ValueError that names the remedy where there is no matplotlib."""
+def check_plotting(option: str = "--sizes") -> None:
+    """Raise a ValueError that names the option and the remedy where there is no matplotlib."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "--sizes draws a plot and needs matplotlib; pip install matplotlib, or striate with its extra `plot`"
+            f"{option} draws a plot and needs matplotlib; pip install matplotlib, or striate with its extra `plot`"
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +55,28 @@ def adopt_preprocess(
     model.pretrained_cfg = model.default_cfg = config  # type: ignore[assignment]
 
 
-def load_trained(run: str | Path, weights: str = "best") -> nn.Module:
+def load_trained(run: str | Path, weights: str = "best", options: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of a run folder with its "best" or "last" weights, in evaluation mode.
 
     Its `pretrained_cfg` has the input size, mean, std and crop that it was evaluated with, and the class names.
+    `options` are arguments of the model that take the place of the run's, with the same weights.
 
     Raises:
         FileNotFoundError: the run has not saved such weights yet.
-        ValueError: the file is not one of a run.
+        ValueError: the file is not one of a run, or its weights do not fit the model with these options.
     """
+    options = dict(options or {})
+    if fixed := sorted({"num_classes", "in_chans"} & options.keys()):
+        raise ValueError(f"model.options may not hold {fixed[0]}: the run's weights decide it; leave it out")
     path = RunFolder(run).weights(weights)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; train the run up to its first evaluation")
     saved = read_metadata(path)["config"]
-    model = create_model(saved["architecture"], checkpoint_path=path, **saved["model_args"])
+    arguments = saved["model_args"] | options
+    try:
+        model = create_model(saved["architecture"], checkpoint_path=path, **arguments)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{saved['architecture']} with {arguments}: {error}") from error
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in saved["pretrained_cfg"].items()}
     adopt_preprocess(model, cfg, saved["num_classes"], saved.get("label_names"))
     return model.eval()
