@@ -366,7 +366,7 @@ def mst_tiny(**kwargs: Any) -> nn.Module:
 _NANO = dict(dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window=4, img_size=64, levels=8)
 
 
-@register(MST_FAMILY, params=0.9, gmacs=0.01, size=64, crop_pct=1.0)
+@register(MST_FAMILY, params=1.0, gmacs=0.01, size=64, crop_pct=1.0)
 def mst_nano(**kwargs: Any) -> nn.Module:
     """Our own size for small images: windows of 4x4 tokens at 64x64, activations of few levels."""
     return build(MST, dict(_NANO), kwargs)

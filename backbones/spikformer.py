@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +44,7 @@ class SpikingPatchEmbed(nn.Module):
     def __init__(self, in_chans: int, dim: int, pools: Sequence[bool]) -> None:
         super().__init__()
         widths = (in_chans, dim // 8, dim // 4, dim // 2, dim)
-        self.convs = nn.ModuleList(conv_norm(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.convs = nn.ModuleList(conv_norm(a, b) for a, b in itertools.pairwise(widths))
         self.lifs = nn.ModuleList(Lif() for _ in self.convs)
         self.pools = nn.ModuleList(MaxPool() if pool else nn.Identity() for pool in pools)
         self.rpe = conv_norm(dim, dim)
@@ -207,7 +208,7 @@ def spikformer_2_384_cifar(**kwargs: Any) -> nn.Module:
     return build(Spikformer, dict(_CIFAR, depths=(2,), qkv_bias=True), kwargs)
 
 
-@register(SPIKFORMER, params=0.5, gmacs=0.1, size=32, crop_pct=1.0, first_conv="patch_embed.convs.0.conv")
+@register(SPIKFORMER, params=0.8, gmacs=0.05, size=32, crop_pct=1.0, first_conv="patch_embed.convs.0.conv")
 def spikformer_nano(**kwargs: Any) -> nn.Module:
     """Our own size for small images."""
-    return build(Spikformer, dict(dim=96, depths=(2,), num_heads=4, pools=(True, False, True, False)), kwargs)
+    return build(Spikformer, dict(dim=128, depths=(2,), num_heads=4, pools=(True, True, True, False)), kwargs)

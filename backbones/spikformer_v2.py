@@ -6,6 +6,7 @@ the ones with which the 16-layer model has the 172 M parameters that the abstrac
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class SpikingConvStem(nn.Module):
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
         widths = (in_chans, dim // 8, dim // 4, dim // 2, dim)
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.downs = nn.ModuleList(ConvNorm(nn.Conv2d(a, b, 2, stride=2, bias=False), BatchNorm(b)) for a, b in pairs)
         self.lifs = nn.ModuleList(Lif() for _ in pairs)
         self.blocks = nn.ModuleList(ConvBlock(b) for _, b in pairs)

@@ -18,7 +18,10 @@ from .state import RunFolder
 
 
 class Objective:
-    """The loss of a model's outputs (`tet`: Deng et al., arXiv 2202.11946; distillation: arXiv 1503.02531); turns on what the model has to return for it.
+    """The loss of a model's outputs; turns on what the model has to return for it.
+
+    `tet` is temporal efficient training (arXiv 2202.11946); what a teacher knows is learned as in arXiv 1503.02531, or
+    with temperature 0 as its decisions (arXiv 2012.12877).
 
     Args:
         config: see `LossConfig`.
