@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import lif, multispike
 from ._base import Backbone, Stage
-from ._layers import BatchNorm, ConvNorm, channels_last_conv, image_to_map
+from ._layers import BatchNorm, ConvNorm, image_to_map
 
 
 def each_step(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class MaxPool(nn.MaxPool2d):
         super().__init__(3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return channels_last_conv(super().forward, x)
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class DropPath(SampleDropPath):
@@ -173,7 +173,7 @@ class SpikingBackbone(Backbone):
     timesteps: int
     keep_time = False
     step_logits = False
-    head: SpikingHead  # type: ignore[assignment]
+    head: SpikingHead
 
     def build_spiking_head(
         self,

@@ -74,6 +74,9 @@ class PadNorm(BatchNorm):
     The padding is a constant: it follows the running statistics in training too, and has no gradient.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         momentum, self.momentum = self.momentum, 0.0 if self._is_recomputed() else self.momentum
         x = super().forward(x)
@@ -122,7 +125,7 @@ class RepConv(nn.Module):
         answers = self(F.pad(pixels, (0, 0, 1, 1, 1, 1))) - bias  # (from, 3, 3, to)
         conv = nn.Conv2d(dim, dim, 3, padding=1).to(bias)
         conv.weight.copy_(answers.flip(1, 2).permute(3, 0, 1, 2))
-        conv.bias.copy_(bias)
+        conv.bias = nn.Parameter(bias)
         return conv
 
 

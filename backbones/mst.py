@@ -349,7 +349,7 @@ class MST(SpikingBackbone):
         """Position biases."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
-    adapt = Swin.adapt  # type: ignore[assignment]  # the same tables of position biases
+    adapt = Swin.adapt  # the same tables of position biases
 
     @staticmethod
     def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:

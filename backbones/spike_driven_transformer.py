@@ -55,10 +55,8 @@ class SpikingQkv(nn.Module):
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Potentials `(T, B, H, W, C)` -> spikes q, k, v of the same shape."""
         x = self.shortcut_lif(x)
-        return tuple(  # type: ignore[return-value]
-            neurons(each_step(layer, x))
-            for layer, neurons in ((self.q, self.q_lif), (self.k, self.k_lif), (self.v, self.v_lif))
-        )
+        q, k, v = each_step(self.q, x), each_step(self.k, x), each_step(self.v, x)
+        return self.q_lif(q), self.k_lif(k), self.v_lif(v)
 
 
 class SpikeDrivenSelfAttention(SpikingQkv):

@@ -40,6 +40,10 @@ class ConvBlock(nn.Module):
         return x + self.lif2(each_step(self.conv2, self.lif1(each_step(self.conv1, x))))
 
 
+def _pad_to_even(x: Tensor) -> Tensor:
+    return pad_map(x, (2, 2))
+
+
 class SpikingConvStem(nn.Module):
     """Four times: a 2x2 convolution of stride 2, which replaces max-pooling, spikes, a block of convolutions.
 
@@ -56,7 +60,7 @@ class SpikingConvStem(nn.Module):
 
     def forward(self, x: Tensor, steps: int) -> Tensor:
         for i, (down, neurons, block) in enumerate(zip(self.downs, self.lifs, self.blocks, strict=True)):
-            x = each_step(lambda m, down=down: down(pad_map(m, (2, 2))), x)
+            x = each_step(down, each_step(_pad_to_even, x))
             x = block(neurons(repeat(x, steps) if i == 0 else x))  # a still image is convolved once
         return x
 

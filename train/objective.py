@@ -42,7 +42,7 @@ class Objective:
                 )
             model.step_logits = True  # type: ignore[assignment]
         if config.teacher is not None and getattr(model, "head_dist", None) is not None:
-            model.set_distilled_training(True)  # type: ignore[operator]
+            model.set_distilled_training(True)
 
     def __call__(self, outputs: Tensor | Sequence[Tensor], labels: Tensor, hints: Tensor | None = None) -> Tensor:
         """The loss, a scalar in float32.
@@ -126,10 +126,9 @@ def _named_teacher(config: LossConfig, num_classes: int, in_chans: int) -> nn.Mo
     # left to itself, a model has the classes of its weights; given others, it would have an untrained classifier
     model = build_model(described, num_classes if file else None, None if saved else in_chans)
     if file and isinstance(model, Backbone):
-        classifier = model.get_classifier()
-        untrained = classifier.weight.detach().clone()
+        untrained = model.head.fc.weight.detach().clone()
         load_checkpoint(model, file)
-        if torch.equal(classifier.weight, untrained):
+        if torch.equal(model.head.fc.weight, untrained):
             raise ValueError(f"loss.teacher_options: {file} has a classifier of other than {num_classes} classes")
     elif file:
         try:

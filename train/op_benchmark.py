@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import channel_attention, explain, gated_linear_attention, route_regions, routing_attention, window_attention
+from ..ops import (
+    channel_attention,
+    explain,
+    gated_linear_attention,
+    lif,
+    route_regions,
+    routing_attention,
+    window_attention,
+)
 from ..ops.partition import crop, grid_interval, group_mask, merge, pad_map, padded_size, split
 from ..ops.position import expand_bias
 from .benchmark import Spread, Task, interleave, timed
@@ -150,13 +158,22 @@ def channel_cases(batch: int, make: Callable[..., Tensor]) -> Iterator[Case]:
         yield Case(channel_attention, f"{side * side} tokens, {heads} heads of 32", inputs, dict(num_heads=heads), {})
 
 
+def lif_cases(batch: int, make: Callable[..., Tensor]) -> Iterator[Case]:
+    """Meta-SpikeFormer (55M) at 224 pixels and 4 time steps, and the MLP of Spikformer-8-512."""
+    for channels, side in ((128, 56), (256, 28), (512, 14), (2048, 14)):
+        inputs = (make(4, batch, channels, side, side),)
+        rivals = {"spikingjelly": spikingjelly_neurons}
+        yield Case(lif, f"4 steps, {channels} channels, {side}x{side}", inputs, {}, rivals)
+
+
 CASES: dict[str, Callable[[int, Callable[..., Tensor]], Iterator[Case]]] = {
     "window_attention": window_cases,
     "routing_attention": routing_cases,
     "gated_linear_attention": gated_cases,
     "channel_attention": channel_cases,
+    "lif": lif_cases,
 }
-WAYS = (OURS, DEFINITION, PLAIN, SDPA, COMPILED, "flash-linear-attention", "natten")
+WAYS = (OURS, DEFINITION, PLAIN, SDPA, COMPILED, "flash-linear-attention", "natten", "spikingjelly")
 
 
 class MissingError(Exception):
@@ -186,6 +203,20 @@ def neighbourhood(qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
     del bias
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(3)
     return _imported("natten").na2d(q, k, v, kernel_size=7).flatten(3)
+
+
+def spikingjelly_neurons(x: Tensor) -> Tensor:
+    """The same neurons by the package `spikingjelly`, which keep their potential until they are told to forget it."""
+    neurons = _spikingjelly_neurons()
+    neurons.reset()
+    return neurons(x)
+
+
+@functools.cache
+def _spikingjelly_neurons() -> Any:
+    package = "spikingjelly.activation_based"
+    neuron, surrogate = _imported(f"{package}.neuron"), _imported(f"{package}.surrogate")
+    return neuron.LIFNode(tau=2.0, detach_reset=True, surrogate_function=surrogate.Sigmoid(4.0), step_mode="m")
 
 
 def _imported(package: str) -> Any:
