@@ -26,6 +26,7 @@ from ._spiking import (
     conv_norm,
     each_step,
     repeat,
+    spike_attention,
 )
 
 SPIKFORMER = Family(
@@ -70,12 +71,9 @@ class SpikingSelfAttention(nn.Module):
         self.proj_lif = Lif()
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            neurons(each_step(layer, x)).flatten(2, 3).unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
-            for layer, neurons in ((self.q, self.q_lif), (self.k, self.k_lif), (self.v, self.v_lif))
-        )
-        y = (q @ (k.transpose(-2, -1) @ v)) * SCALE  # (T, B, heads, N, D)
-        y = self.attn_lif(y.transpose(2, 3).flatten(3)).view_as(x)
+        q, k, v = each_step(self.q, x), each_step(self.k, x), each_step(self.v, x)
+        y = spike_attention(self.q_lif(q), self.k_lif(k), self.v_lif(v), self.num_heads, SCALE)
+        y = self.attn_lif(y)
         return self.proj_lif(each_step(self.proj, y))
 
 

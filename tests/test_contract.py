@@ -49,6 +49,8 @@ PLAIN = [
 LIGHT = [
     name for name in NAMES if striate.model_info(name).params < 30 and (FAMILY[name] not in SPIKING or name in SPIKES)
 ]
+# in one step, neurons of a fresh model need twice their threshold: those of attention and the classifier keep silent
+SILENT = [name for name in NAMES if FAMILY[name] in ("metaspikformer", "qsd_transformer")]
 PYRAMIDS = [name for name in LIGHT if name not in PLAIN]
 
 SMALL = (128, 112)  # a size that every model takes
@@ -79,8 +81,8 @@ def make(name: str, depth: int | tuple[int, ...] = 2, **kwargs: Any) -> nn.Modul
 def shaken(model: nn.Module) -> nn.Module:
     """Some parameters start at 0, and whole blocks as identities, which would hide mistakes in them."""
     with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
+        for name, p in model.named_parameters():
+            if p.ndim == 1 and not name.endswith("alpha"):  # a step of quantised weights is no matter of taste
                 p.add_(0.2 * torch.randn_like(p))
     return model
 
@@ -142,7 +144,8 @@ def test_full_size(name) -> None:
     for key, grad in gradients(shaken(model).train(), image(size)).items():
         assert grad is not None, key
         assert grad.isfinite().all(), key
-        assert grad.abs().max() > 0, key
+        if not (name in SILENT and (".attn." in key or key.startswith("head."))):
+            assert grad.abs().max() > 0, key
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -308,9 +311,11 @@ def test_without_classifier_and_with_other_channels(name) -> None:
 def test_grad_checkpointing_gives_equal_gradients_and_keeps_less(name) -> None:
     model = make(name, drop_path_rate=0.3).train()
     x = image(ODD)
+    twin = copy.deepcopy(model)  # of which some parts follow running statistics
     want, kept = gradients(model, x), saved_bytes(lambda: model(x))
+    twin.set_grad_checkpointing()
+    got = gradients(twin, x)
     model.set_grad_checkpointing()
-    got = gradients(model, x)
     # where the true gradient is 0 (a bias before a batch norm) both hold rounding errors alone
     noise = 1e-9 * max(float(g.abs().max()) for g in want.values())
     for key in want:

@@ -42,7 +42,7 @@ class Objective:
                 )
             model.step_logits = True  # type: ignore[assignment]
         if config.teacher is not None and getattr(model, "head_dist", None) is not None:
-            model.set_distilled_training(True)
+            model.set_distilled_training(True)  # type: ignore[operator]
 
     def __call__(self, outputs: Tensor | Sequence[Tensor], labels: Tensor, hints: Tensor | None = None) -> Tensor:
         """The loss, a scalar in float32.
