@@ -18,7 +18,7 @@ from typing import Any
 
 from . import _triton
 
-OPS = ("window_attention", "routing_attention", "gated_linear_attention")
+OPS = ("window_attention", "routing_attention", "gated_linear_attention", "lif")
 
 
 @dataclass(frozen=True)

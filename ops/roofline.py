@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import _triton
 from .gated_linear_attention import chunked
 from .gated_linear_attention import triton as gated
+from .lif import reference as lif_reference
+from .lif import triton as spiking
 from .partition import block_size, grid_interval, padded_size, to_size
 from .routing_attention import reference as routing_reference
 from .routing_attention import triton as routing
@@ -110,7 +112,7 @@ def roofline(
     """Bytes moved and FLOPs of an operator's forward or backward: of our kernel, of eager PyTorch, and the bound.
 
     Args:
-        op: `window_attention`, `routing_attention` or `gated_linear_attention`, the function or its name.
+        op: `window_attention`, `routing_attention`, `gated_linear_attention` or `lif`, the function or its name.
         shapes: the operator's arguments with shapes in place of tensors, e.g.
             `dict(qkv=(8, 56, 56, 288), bias=(169, 3), num_heads=3, window=7)`; `routes=(8, 64, 4)`.
         device: one of `DEVICES`.
@@ -137,7 +139,7 @@ def roofline(
     return Roofline(name, device, dtype, backward, kernel, _eager(eager, tensors, backward), bound)
 
 
-_TENSORS = ("qkv", "bias", "pad", "routes", "q", "k", "v", "gate", "reverse_gate")
+_TENSORS = ("qkv", "bias", "pad", "routes", "q", "k", "v", "gate", "reverse_gate", "x")
 
 Counts = tuple[Traffic, Traffic, Callable[..., Tensor]]
 
@@ -344,10 +346,34 @@ def _gated(tensors: dict[str, Tensor], options: dict[str, Any], backward: bool) 
     return found, bound, eager
 
 
+def _lif(tensors: dict[str, Tensor], options: dict[str, Any], backward: bool) -> Counts:
+    if "x" not in tensors:
+        raise ValueError("shapes lacks x; lif needs x=(T, ...)")
+    x, found = tensors["x"], Traffic()
+    _refuse(spiking.obstacle(x))
+    found.count("x", _bytes(x), reads=1)
+    if backward:
+        segments, steps = spiking.segments(len(x))
+        again = (segments - 1) * steps  # time steps that potentials are computed for twice
+        found.count("x", _bytes(x), reads=again / len(x))
+        found.count("entering", 4 * (segments - 1) * x[0].numel(), reads=1, writes=1)
+        found.count("grad", _bytes(x), reads=1)
+        found.count("grad_x", _bytes(x), writes=1)
+    else:
+        found.count("spikes", _bytes(x), writes=1)
+    neuron = lif_reference.Neuron(**options)
+
+    def eager(x: Tensor) -> Tensor:
+        return lif_reference.lif(x, neuron)
+
+    return found, _bound([x], _bytes(x), 0.0, backward), eager
+
+
 _COUNTS: dict[str, Callable[[dict[str, Tensor], dict[str, Any], bool], Counts]] = {
     "window_attention": _window,
     "routing_attention": _routing,
     "gated_linear_attention": _gated,
+    "lif": _lif,
 }
 
 

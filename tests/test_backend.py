@@ -197,11 +197,12 @@ def test_without_triton_everything_still_works() -> None:
 import sys
 sys.modules["triton"] = None  # type: ignore[assignment]
 import torch
-from striate.ops import explain, gated_linear_attention, routing_attention, window_attention
+from striate.ops import explain, gated_linear_attention, lif, multispike, routing_attention, window_attention
 qkv = torch.randn(1, 4, 4, 18)
 window_attention(qkv, num_heads=2, window=2)
 gated_linear_attention(*[torch.randn(1, 9, 2, 4)] * 5)
 routing_attention(qkv, torch.zeros(1, 4, 1, dtype=torch.long), num_heads=2, region=2)
+multispike(lif(qkv))
 from striate.train import cli
 sys.exit(cli.main(["kernels"]))
 """

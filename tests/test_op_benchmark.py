@@ -39,6 +39,7 @@ def test_the_shapes_are_those_of_the_models() -> None:
     assert "32x32, 8 heads of 32, regions 4x4, top 16" in names["routing_attention"]
     assert "3136 tokens, 3 heads of 16 and 32" in names["gated_linear_attention"]
     assert "3136 tokens, 3 heads of 32" in names["channel_attention"]
+    assert "4 steps, 256 channels, 28x28" in names["lif"]
 
 
 def test_flash_linear_attention_is_called_for_both_directions(monkeypatch) -> None:
@@ -65,6 +66,13 @@ def test_natten_gets_its_layout(monkeypatch) -> None:
     case = cases("window_attention")[0]
     assert case.ways()["natten"](*case.inputs).shape == (1, 56, 56, 96)
     assert shapes == [((1, 56, 56, 3, 32),) * 3 + (7,)]
+
+
+def test_spikingjelly_begins_anew_at_every_call() -> None:
+    case = cases("lif")[2]
+    spikes = case.ways()["spikingjelly"]
+    assert torch.equal(spikes(*case.inputs), spikes(*case.inputs))
+    assert spikes(*case.inputs).mean() > 0.01
 
 
 def tiny_cases(batch: int, make: Any) -> Any:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from striate.ops import roofline, window_attention
 from striate.ops.gated_linear_attention import triton as gated
+from striate.ops.lif import reference as lif_reference
+from striate.ops.lif import triton as spiking
 from striate.ops.roofline import DEVICES
 from striate.ops.routing_attention import triton as routing
 from striate.ops.window_attention import triton as window
@@ -122,6 +124,30 @@ def test_gated_linear_attention_moves_what_the_meter_sees(name, backward) -> Non
         same(found.writes, {"out": meter.writes(out)})
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("steps", [4, 16, 33])
+def test_spiking_neurons_move_what_the_meter_sees(steps, backward) -> None:
+    shape = (steps, 3, 7, 13)
+    found = roofline("lif", dict(x=shape, tau=None), DEVICE, dtype=torch.bfloat16, backward=backward)
+    x, grad = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
+    neuron = lif_reference.Neuron(tau=None)
+    with interpreted(), metered() as meter:
+        if backward:
+            grad_x = spiking.launch_backward(grad, x, neuron)
+        else:
+            spikes = spiking.launch_forward(x, neuron)
+    same(found.kernel.reads, {"x": meter.reads(x)})
+    if backward:
+        same(found.kernel.reads, {"grad": meter.reads(grad)})
+        same(found.kernel.writes, {"grad_x": meter.writes(grad_x)})
+    else:
+        same(found.kernel.writes, {"spikes": meter.writes(spikes)})
+    assert (found.kernel.read, found.kernel.written) == (meter.bytes_read, meter.bytes_written)
+    if steps <= spiking.MAX_STEPS:
+        assert (found.kernel.read, found.kernel.written) == (found.bound.read, found.bound.written)
+    assert found.eager.read + found.eager.written > 3 * (found.bound.read + found.bound.written)
+
+
 def test_the_bound_is_inputs_and_outputs_once() -> None:
     found = roofline(window_attention, WINDOWS["7x7"], dtype=torch.float16)
     qkv, bias, out = 2 * 14 * 7 * 96 * 2, 169 * 2 * 2, 2 * 14 * 7 * 32 * 2
@@ -145,6 +171,7 @@ def test_eager_counts_every_operator() -> None:
 def test_kernels_never_go_below_the_bound() -> None:
     cases = [("window_attention", shapes) for shapes in WINDOWS.values()]
     cases += [("routing_attention", shapes) for shapes in ROUTES.values()]
+    cases += [("lif", dict(x=(20, 3, 7), reset=None, surrogate="atan"))]
     for op, shapes in cases:
         for backward in (False, True):
             found = roofline(op, shapes, "mi300x", backward=backward)
@@ -164,6 +191,7 @@ def test_kernels_never_go_below_the_bound() -> None:
             "kernels do not take these arguments: windows",
         ),
         (dict(op="gated_linear_attention", shapes=dict(q=(1, 2, 3, 4))), "shapes lacks k, v, gate, reverse_gate"),
+        (dict(op="lif"), "shapes lacks x"),
     ],
 )
 def test_bad_requests(changes, message) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -218,14 +219,29 @@ def test_the_kernel_of_the_mutations_is_right_without_them(monkeypatch) -> None:
         check(inputs(70, dtype=dtype, shape=(1, 1), gates=torch.float32), TOLERANCE[dtype])
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("interpreter", [True, False], ids=["interpreter", "plain"])
+def test_opcheck(interpreter) -> None:
     tensors = [t.requires_grad_() for t in inputs(20)]
-    with interpreted():
+    with interpreted() if interpreter else contextlib.nullcontext():
         torch.library.opcheck(torch.ops.striate.gated_linear_attention.default, (*tensors, SCALE))
         plain = [t.detach() for t in tensors]
         dout = torch.randn_like(plain[2])
         backward = torch.ops.striate.gated_linear_attention_backward.default
         torch.library.opcheck(backward, (dout, *plain, SCALE))
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("n", [1, 16, 31, 65])
+def test_the_operator_on_a_cpu_without_interpreter(n, strength) -> None:
+    """A graph that was exported on a GPU trains without one: in float64 nothing but the order of sums differs."""
+    tensors = inputs(n, strength, torch.float64, shape=(2, 3))
+    assert worst(run(op, tensors), exact(tensors)) < 1e-13
+    tensors = inputs(n, strength, torch.bfloat16, gates=torch.float32)
+    got = run(op, tensors)
+    assert [g.dtype for g in got] == [tensors[2].dtype, *(t.dtype for t in tensors)]
+    assert worst(got, exact(tensors)) < TOLERANCE[torch.bfloat16]
+    tensors = inputs(n, strength)
+    assert worst(run(op, tensors)[1:], exact(tensors)[1:]) < TOLERANCE[torch.float32]
 
 
 def test_compiles_whole_for_changing_sizes() -> None:

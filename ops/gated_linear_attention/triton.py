@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _triton
 from .._triton import DTYPES, tl, triton
-from . import chunked, kernels
+from . import chunked, explicit, kernels
 
 MAX_DIM = 128
 PROGRAMS = 1024  # of the walk through the chunks: about eight per multiprocessor of the largest GPUs
@@ -25,7 +25,7 @@ MIN_CHUNKS = 4  # of a segment
 STATE_COLUMNS = 32  # value columns of one program of the walk
 SLICE = 16  # key dims that the forward and backward kernels hold at once
 
-Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Grads = explicit.Grads
 
 
 class Launch(NamedTuple):
@@ -215,11 +215,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, reverse_gate: Tensor, scale
 
 @_backward.register_kernel("cpu")
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, reverse_gate: Tensor, scale: float) -> Grads:
-    if not _triton.interpreting():
-        raise RuntimeError(
-            "striate::gated_linear_attention has no backward on the CPU; use striate.ops.gated_linear_attention"
-        )
-    return launch_backward(dout, q, k, v, gate, reverse_gate, scale)
+    run = launch_backward if _triton.interpreting() else explicit.backward
+    return run(dout, q, k, v, gate, reverse_gate, scale)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
 from .. import _backend
-from . import cpu, reference
+from . import cpu, reference, triton
 
 SURROGATES = {"sigmoid": 4.0, "atan": 2.0}  # and their usual sharpness
+_PATHS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": triton}
 
 
 def lif(
@@ -28,10 +30,12 @@ def lif(
 
     With the potential `V`, at first `initial`, each step charges `H = V + (X - V) / tau` (`decay_input`), or
     `H = V - V / tau + X`, or without a leak `H = V + X`; fires `S = 1` where `H >= threshold`; and resets to `reset`
-    where it fired, or with None subtracts the threshold there.
+    where it fired, or with None subtracts the threshold there. The GPU kernels compute in float32 whatever the dtype;
+    elsewhere float16 and bfloat16 are rounded at every step.
 
     Args:
-        x: `(T, ...)` input currents, floating point; T time steps.
+        x: `(T, ...)` input currents, floating point; T time steps, at least 1. A layout such as channels last, with
+            the time steps one after the other, is read as it is.
         tau: time constant, more than 1; None for no leak (an IF neuron).
         threshold: of firing.
         reset: potential after a spike; None for a soft reset, which subtracts the threshold.
@@ -46,8 +50,8 @@ def lif(
     Raises:
         ValueError: for arguments outside their range.
     """
-    if x.ndim < 1 or not x.is_floating_point():
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype} must be a floating-point tensor (T, ...)")
+    if x.ndim < 1 or x.shape[0] < 1 or not x.is_floating_point():
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype} must be a floating-point tensor (T, ...) of at least one step")
     if tau is not None and not tau > 1:
         raise ValueError(f"tau={tau} must be more than 1, or None for no leak")
     if surrogate not in SURROGATES:
@@ -56,14 +60,14 @@ def lif(
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha={alpha} must be positive and finite")
     neuron = reference.Neuron(tau, threshold, reset, initial, decay_input, detach_reset, surrogate, alpha)
-    path = _backend.choose("lif", x)
-    return (cpu if path == "cpu" else reference).lif(x, neuron)
+    return _PATHS[_backend.choose("lif", x, lambda: triton.obstacle(x))].lif(x, neuron)
 
 
 def multispike(x: Tensor, *, levels: int = 4, step: float | None = None, slope: float | None = None) -> Tensor:
     """Integer neurons: `round(clamp(levels * x, 0, levels))` spikes at once, times `step`; halves round up.
 
-    The gradient is `slope` strictly inside the range and 0 outside.
+    The gradient is `slope` strictly inside the range and 0 outside. The GPU kernels compute in float32 whatever the
+    dtype; elsewhere float16 and bfloat16 are rounded after every operator.
 
     Args:
         x: any shape, floating point.
@@ -77,8 +81,9 @@ def multispike(x: Tensor, *, levels: int = 4, step: float | None = None, slope: 
     if levels < 1:
         raise ValueError(f"levels={levels} must be at least 1")
     step = 1 / levels if step is None else step
-    _backend.choose("multispike", x)
-    return reference.multispike(x, levels, step, levels * step if slope is None else slope)
+    slope = levels * step if slope is None else slope
+    path = _backend.choose("multispike", x, lambda: triton.obstacle(x))
+    return (triton if path == "triton" else reference).multispike(x, levels, step, slope)
 
 
 __all__ = ["lif", "multispike"]

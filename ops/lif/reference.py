@@ -10,16 +10,21 @@ from torch import Tensor
 
 
 class Neuron(NamedTuple):
-    """The arguments of `striate.ops.lif`."""
+    """The arguments of `striate.ops.lif`, and its defaults."""
 
-    tau: float | None
-    threshold: float
-    reset: float | None
-    initial: float
-    decay_input: bool
-    detach_reset: bool
-    surrogate: str
-    alpha: float
+    tau: float | None = 2.0
+    threshold: float = 1.0
+    reset: float | None = 0.0
+    initial: float = 0.0
+    decay_input: bool = True
+    detach_reset: bool = True
+    surrogate: str = "sigmoid"
+    alpha: float = 4.0
+
+
+def exact_inverse(tau: float) -> bool:
+    """Whether dividing by `tau` is multiplying by its inverse, to the last bit: for powers of two."""
+    return math.frexp(tau)[0] == 0.5
 
 
 def lif(x: Tensor, neuron: Neuron) -> Tensor:
@@ -58,8 +63,16 @@ def _fire(u: Tensor, neuron: Neuron) -> Tensor:
 
 def multispike(x: Tensor, levels: int, step: float, slope: float) -> Tensor:
     """See `striate.ops.multispike`."""
+    smooth = torch.where(between(x, levels), x, 0) * slope
+    return count(x.detach(), levels, step) + (smooth - smooth.detach())
+
+
+def count(x: Tensor, levels: int, step: float) -> Tensor:
+    """The spikes of `multispike`."""
+    return torch.floor((x * levels).clamp(0, levels) + 0.5) * step
+
+
+def between(x: Tensor, levels: int) -> Tensor:
+    """Where `multispike` has a slope."""
     scaled = x * levels
-    spikes = torch.floor(scaled.clamp(0, levels) + 0.5) * step
-    inside = ((scaled > 0) & (scaled < levels)).to(x.dtype)
-    smooth = x * (inside * slope)
-    return spikes.detach() + (smooth - smooth.detach())
+    return (scaled > 0) & (scaled < levels)
