@@ -26,6 +26,10 @@ MAX_LINES = 10
 # What makes a command of the README short enough for a test; everything else in it is run as it is written.
 SHORTER = {
     "train --config biformer/nano_fashion": "--data.name npz --data.root tiny.npz",
+    "train --config spikformer/nano_fashion": "--data.name npz --data.root tiny.npz",
+    "train --config mst/nano_fashion": "--data.name npz --data.root tiny.npz",
+    "validate runs/masked": "--data.workers 0",
+    "profile": "--images 2 --data.workers 0",
     "train --model.name swin_tiny": "--data.image_size 64 --data.batch_size 2",
     "train": "--schedule.epochs 1 --schedule.warmup_epochs 0 --data.workers 0",
     "kernels": "--op gated_linear_attention",
