@@ -243,7 +243,7 @@ class TestSteps:
         config = small_config(images, tmp_path / "run", augment__mix_off_epoch=2, augment__mix_options={"prob": 1.0})
         mixed = []
         with Trainer(config) as trainer:
-            trainer.loss.register_forward_hook(
+            trainer.objective.labelled.register_forward_hook(
                 lambda module, inputs, output: mixed.append(bool((inputs[1].sort(1).values[:, -2] > 0.02).any()))
             )
             trainer.fit()
