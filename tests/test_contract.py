@@ -51,6 +51,9 @@ LIGHT = [
 ]
 # in one step, neurons of a fresh model need twice their threshold: those of attention and the classifier keep silent
 SILENT = [name for name in NAMES if FAMILY[name] in ("metaspikformer", "qsd_transformer")]
+NARROW_STAGE = dict(dim=64, num_heads=4)  # several time steps in float64 take long
+NARROW_STAGES = dict(dims=(32, 48, 64, 64), num_heads=4)
+NARROW: dict[str, Any] = {"metaspikformer": NARROW_STAGES, "qsd_transformer": NARROW_STAGES, "mst": {}}
 PYRAMIDS = [name for name in LIGHT if name not in PLAIN]
 
 SMALL = (128, 112)  # a size that every model takes
@@ -71,6 +74,8 @@ def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
 def make(name: str, depth: int | tuple[int, ...] = 2, **kwargs: Any) -> nn.Module:
     """The model with `depth` blocks in every stage: two show all kinds of blocks."""
     depths = (depth,) * 4 if isinstance(depth, int) else depth
+    if name in SPIKES:
+        kwargs = NARROW.get(FAMILY[name], NARROW_STAGE) | kwargs
     if name in SPIKES and depth == SHALLOW:
         depths, kwargs = (1, 1, 1, 1), {"timesteps": 2} | kwargs
     if name in PLAIN:
