@@ -5,8 +5,11 @@ Maps are `(T, B, H, W, C)`. Nothing outlives a forward: the potentials of a neur
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
+import torch
+import torch.utils.checkpoint
 from timm.layers import DropPath as SampleDropPath
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
@@ -173,6 +176,7 @@ class SpikingBackbone(Backbone):
     timesteps: int
     keep_time = False
     step_logits = False
+    checkpoint_stem = False
     head: SpikingHead
 
     def build_spiking_head(
@@ -202,10 +206,17 @@ class SpikingBackbone(Backbone):
         """Image `(B, in_chans, H, W)` or frames `(T, B, in_chans, H, W)` -> first map `(T, B, H, W, C)`."""
         if x.ndim not in (4, 5):
             raise ValueError(f"input {tuple(x.shape)}; pass images (B, C, H, W) or event frames (T, B, C, H, W)")
-        stem = self.get_submodule(self.stem_name)
+        stem: Callable[..., Tensor] = self.get_submodule(self.stem_name)
+        if self.checkpoint_stem and torch.is_grad_enabled():
+            stem = functools.partial(torch.utils.checkpoint.checkpoint, stem, use_reentrant=False)
         if x.ndim == 5:
             return stem(image_to_map(x.flatten(0, 1)).unflatten(0, x.shape[:2]), 1)
         return stem(image_to_map(x)[None], self.timesteps)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """See `Backbone.set_grad_checkpointing`; a stem that is no level, with the largest maps, is recomputed too."""
+        super().set_grad_checkpointing(enable)
+        self.checkpoint_stem = enable and not self.stem_stride
 
     @property
     def head_dist(self) -> nn.Module:
