@@ -35,18 +35,19 @@ class SpatialTemporalAttention(SpikingQkv):
         self.attn_lif = Lif(threshold=0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        t, b, h, _, c = x.shape
+        t, b, h, w, c = x.shape
         if t % self.chunk_size:
             raise ValueError(f"{t} time steps must be a multiple of chunk_size={self.chunk_size}; pass another")
         q, k, v = (self._chunks(spikes) for spikes in self.qkv(x))
         y = q @ (k.transpose(-2, -1) @ v * (1 / h))  # (chunks, B, heads, steps * N, D)
-        y = y.unflatten(3, (self.chunk_size, -1)).permute(0, 3, 1, 4, 2, 5).reshape(t, b, -1, c)
+        y = y.unflatten(3, (self.chunk_size, h * w)).permute(0, 3, 1, 4, 2, 5).reshape(t, b, h * w, c)
         return each_step(self.proj, self.attn_lif(y).view_as(x))
 
     def _chunks(self, spikes: Tensor) -> Tensor:
         """`(T, B, H, W, C)` -> `(chunks, B, heads, steps * N, D)`."""
         tokens = spikes.flatten(2, 3).unflatten(-1, (self.num_heads, -1))
-        return tokens.unflatten(0, (-1, self.chunk_size)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)
+        chunks = len(tokens) // self.chunk_size
+        return tokens.unflatten(0, (chunks, self.chunk_size)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)
 
 
 class STAtten(SpikeDrivenTransformer):
