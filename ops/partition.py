@@ -11,7 +11,9 @@ groups `(B, G, N, C)` of `N = window_h * window_w` tokens each:
 from __future__ import annotations
 
 import functools
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -140,19 +142,34 @@ def group_mask(
     return label_scores(group_labels(size, window, shift, interval, mask_padding, device))
 
 
+class Chunk(NamedTuple):
+    """Some groups of one kind with all heads, or some heads of one group: matrices `(N, D)`, one per group and head."""
+
+    kind: int
+    heads: slice
+    matrices: slice  # of all groups * heads
+    sources: Tensor  # (parts * matrices * N,) row of the map `(B * H * W * parts * heads, D)` for each row of the parts
+    tokens: Tensor  # (real,) row of the map `(B * H * W, C)` for each token that is no padding
+    run: slice | None  # the same rows, where they are one after the other: a window per image
+    real: Tensor | None  # (real,) which tokens of the groups these are; None for all
+    padding: tuple[Tensor, Tensor] | None  # rows of a part that hold padding, and their heads
+
+
 class GroupOrder:
     """Token indices of one batch in group order, for paths that gather rows instead of permuting maps.
 
     Groups are sorted by kind, those that share a mask: in a shifted map all windows but those of the last row and
-    column need none, and the others share three. Every kind is one attention call with one `(N, N)` mask.
+    column need none, and the others share three.
 
     Attributes:
         gather: `(B * G * N,)` row of the `(B * H * W, C)` map for each token; a padded token points at row 0.
         scatter: `(B * H * W,)` position in group order of every row of the map: its inverse.
         padding: positions in group order that hold padding, or None.
         unchanged: whether this is the order that the rows already have: one unshifted window per image.
+        group_tokens: N.
         counts: number of groups of each kind, over the whole batch.
         mask: `(kinds, N, N)` scores to add per kind, or None if no kind needs one.
+        masked: whether a kind needs one.
     """
 
     def __init__(self, batch: int, size: Size, window: Size, shift: Size, interval: Size, mask_padding: bool) -> None:
@@ -173,13 +190,61 @@ class GroupOrder:
         real = (order >= 0).nonzero().flatten()
         self.scatter[order[real]] = real
         self.counts = [batch * kind.shape[0] for kind in kinds]
+        self.group_tokens = groups.shape[1]
         mask = label_scores(labels)
-        self.mask = mask if mask.any() else None
+        self.masked = mask.flatten(1).any(1).tolist()
+        self.mask = mask if any(self.masked) else None
+        self._chunks: dict[tuple[int, int, int], list[Chunk]] = {}
 
     @staticmethod
     def _batched(groups: Tensor, batch: int, tokens: int) -> Tensor:
         offset = torch.arange(batch)[:, None, None] * tokens
         return torch.where(groups >= 0, groups + offset, -1).flatten()
+
+    def chunks(self, parts: int, heads: int, most: int) -> list[Chunk]:
+        """All groups in (kept) chunks of at most `most` matrices of each part.
+
+        The channels of a map are split into `parts` and `heads`, q, k and v of every head, say. They become outer
+        dimensions, so that what a head needs of a group is one block of memory.
+        """
+        if (parts, heads, most) not in self._chunks:
+            with torch.inference_mode(False), torch.device("cpu"):
+                self._chunks[parts, heads, most] = list(self._cut(parts, heads, most))
+        return self._chunks[parts, heads, most]
+
+    def _cut(self, parts: int, heads: int, most: int) -> Iterator[Chunk]:
+        padded = torch.zeros_like(self.gather, dtype=torch.bool)
+        if self.padding is not None:
+            padded[self.padding] = True
+        start = 0
+        for kind, count in enumerate(self.counts):
+            for groups in _even_parts(start, count, max(1, most // heads)):
+                for some in _even_parts(0, heads, max(1, most)):
+                    yield self._chunk(kind, groups, some, parts, heads, padded)
+            start += count
+
+    def _chunk(self, kind: int, groups: slice, some: slice, parts: int, heads: int, padded: Tensor) -> Chunk:
+        n, part, head = self.group_tokens, torch.arange(parts)[:, None, None, None], torch.arange(heads)[some, None]
+        matrices = slice(groups.start * heads + some.start, (groups.stop - 1) * heads + some.stop)
+        tokens, padded = (each[groups.start * n : groups.stop * n] for each in (self.gather, padded))
+        sources = ((tokens.view(-1, 1, n) * parts + part) * heads + head).flatten()
+        if int(sources.max()) < 2**31:  # a gather of short rows reads nearly as much of its index as of the rows
+            sources = sources.int()
+        if not padded.any():
+            run = slice(int(tokens[0]), int(tokens[-1]) + 1) if bool((tokens.diff() == 1).all()) else None
+            return Chunk(kind, some, matrices, sources, tokens, run, None, None)
+        real = (~padded).nonzero().flatten()
+        padding = padded.view(-1, 1, n).expand(-1, len(head), n).flatten().nonzero().flatten()
+        return Chunk(
+            kind, some, matrices, sources, tokens[real], None, real, (padding, head[padding // n % len(head), 0])
+        )
+
+
+def _even_parts(start: int, count: int, most: int) -> list[slice]:
+    """`count` numbers from `start` on in as few parts of at most `most` as it takes, all nearly as long."""
+    parts = -(-count // most)
+    bounds = [start + count * part // parts for part in range(parts + 1)]
+    return [slice(first, last) for first, last in itertools.pairwise(bounds)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -211,19 +276,45 @@ class _Reorder(torch.autograd.Function):
         return rows if padding is None else rows.index_fill_(0, padding, 0.0), None, None, None
 
 
-def gather_groups(x: Tensor, order: GroupOrder, pad: Tensor | None = None) -> Tensor:
-    """Rows `(B * G * N, C)` of the map `(B, H, W, C)` in group order; padded tokens hold `pad` `(C,)` or zeros."""
-    if order.unchanged:
-        return x.flatten(0, 2)
-    rows = _Reorder.apply(x.flatten(0, 2), order.gather, order.scatter, None)
-    if order.padding is None:
-        return rows
-    fill = x.new_zeros(1, x.shape[-1]) if pad is None else pad.to(x.dtype)[None]
-    return rows.index_copy(0, order.padding, fill.expand(order.padding.numel(), -1))
-
-
 def scatter_groups(rows: Tensor, order: GroupOrder, shape: tuple[int, int, int]) -> Tensor:
-    """Undo `gather_groups`: rows in group order -> the map `(B, H, W, C)`; padded tokens are dropped."""
+    """Rows in group order `(B * G * N, C)` -> the map `(B, H, W, C)`; padded tokens are dropped."""
     if order.unchanged:
         return rows.unflatten(0, shape)
     return _Reorder.apply(rows, order.scatter, order.gather, order.padding).unflatten(0, shape)
+
+
+def read_chunk(x: Tensor, chunk: Chunk, out: Tensor, pad: Tensor | None = None) -> None:
+    """Gather the matrices of a chunk, `(parts, matrices, N, D)`, from a map `(B * H * W * parts * heads, D)`.
+
+    Padded tokens get `pad` `(parts, heads, D)` or zeros.
+    """
+    rows = out.view(-1, out.shape[-1])
+    torch.index_select(x, 0, chunk.sources, out=rows)
+    if chunk.padding is not None:
+        padding, head = chunk.padding
+        rows.view(len(out), -1, out.shape[-1])[:, padding] = 0 if pad is None else pad[:, head]
+
+
+def write_chunk(x: Tensor, chunk: Chunk, out: Tensor, room: Tensor) -> None:
+    """Undo `read_chunk`: from `(parts, matrices, N, D)` into a map `(B * H * W, parts, heads, D)`, without padding.
+
+    `room` holds as much as the chunk, in the dtype of the map.
+    """
+    parts, _, n, dim = x.shape
+    heads = chunk.heads.stop - chunk.heads.start
+    by_token = x.view(parts, -1, heads, n, dim).permute(1, 3, 0, 2, 4)
+    if chunk.run is not None and heads == out.shape[2]:
+        out[chunk.run].view(by_token.shape).copy_(by_token)
+        return
+    rows = room.view(by_token.shape).copy_(by_token).view(-1, parts, heads, dim)
+    if chunk.real is not None:
+        rows = rows.index_select(0, chunk.real)
+    if heads == out.shape[2]:
+        _in_long_words(out.flatten(1)).index_copy_(0, chunk.tokens, _in_long_words(rows.flatten(1)))
+    else:
+        out[:, :, chunk.heads].index_copy_(0, chunk.tokens, rows)
+
+
+def _in_long_words(x: Tensor) -> Tensor:
+    """The same bytes as fewer, longer numbers: a copy by index goes number by number."""
+    return x.view(torch.complex128) if x.shape[-1] * x.element_size() % 16 == 0 else x

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from helpers import relative, run, saved_bytes, worst
 from striate.ops import partition, window_attention
-from striate.ops.window_attention import reference
+from striate.ops.window_attention import cpu, reference
 
 HEADS, DIM = 2, 3
 EXACT = 1e-12  # float64: two orders of summation differ by less; every mutation below by more than 1e-4
@@ -59,7 +61,9 @@ def op(window: tuple[int, int], shift: Any = 0, grid: bool = False, cosine: bool
     return call
 
 
-def by_loops(window: tuple[int, int], shift: tuple[int, int], grid: bool, cosine: bool) -> Callable[..., Tensor]:
+def by_loops(
+    window: tuple[int, int], shift: tuple[int, int], grid: bool, cosine: bool, mask: float = 100.0
+) -> Callable[..., Tensor]:
     """The definition token by token: who shares a group with whom, at what offset, and who is masked."""
 
     def call(qkv: Tensor, bias: Tensor, pad: Tensor, scale: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ def by_loops(window: tuple[int, int], shift: tuple[int, int], grid: bool, cosine
                 entry = [(iy - jy + window[0] - 1) * (2 * window[1] - 1) + ix - jx + window[1] - 1 for jy, jx in inside]
                 apart = [(y < shift[0]) != (p[0] < shift[0]) or (x < shift[1]) != (p[1] < shift[1]) for p in keys]
                 scores = (q[tokens.index((y, x))] * k[at]).sum(-1) * scale + bias[entry][:, None]
-                weights = (scores - 100 * torch.tensor(apart)[:, None, None]).softmax(0)
+                weights = (scores - mask * torch.tensor(apart)[:, None, None]).softmax(0)
                 out.append((weights[..., None] * v[at]).sum(0).flatten(1))
         return torch.stack(out, 1).view(batch, height, width, -1)
 
@@ -104,7 +108,111 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poison
 def test_every_path_is_the_definition(path, size, window, shift, grid, cosine) -> None:
     tensors = inputs(size, window)
     want = run(by_loops(window, shift, grid, cosine), tensors)
+    for got, right in zip(run(op(window, shift, grid, cosine), tensors), want, strict=True):
+        # windows of one token have no gradient of their scores, but rounding
+        assert (relative(got, right) if right.any() else got.abs().max()) < EXACT
+
+
+@pytest.mark.parametrize("matrices", [1, 3, 4], ids=["one-head", "groups-and-a-half", "two-groups"])
+@pytest.mark.parametrize(("size", "window", "shift", "grid", "cosine"), CASES[1:4] + CASES[10:12])
+@pytest.mark.usefixtures("poisoned")
+def test_chunks_of_any_size(matrices, size, window, shift, grid, cosine, monkeypatch) -> None:
+    """Chunks of heads of one window, of one window and of several, the last ones smaller."""
+    tensors = inputs(size, window, batch=3)
+    want = run(by_loops(window, shift, grid, cosine), tensors)
+    monkeypatch.setenv("STRIATE_BACKEND", "cpu")
+    scores = (window[0] * window[1]) ** 2 * 8
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", matrices * scores // torch.get_num_threads())
     assert worst(run(op(window, shift, grid, cosine), tensors), want) < EXACT
+
+
+def test_a_backward_on_other_threads(monkeypatch) -> None:
+    """The number of threads decides the chunks, and what the forward keeps lies in their order."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 4 * 144 * 8)
+    tensors = inputs((7, 9), (3, 4), batch=3)
+    want = run(by_loops((3, 4), (1, 2), False, False), tensors)
+
+    def forward_on_others(*args: Tensor) -> Tensor:
+        torch.set_num_threads(threads + 1)
+        try:
+            return op((3, 4), (1, 2))(*args)
+        finally:
+            torch.set_num_threads(threads)
+
+    assert worst(run(forward_on_others, tensors), want) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [0.0, 40.0, 95.0, 3000.0, -40.0, -95.0, -3000.0])
+@pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
+def test_scores_of_any_level(shift, level, dtype, monkeypatch) -> None:
+    """A constant in all scores changes nothing: not even where exponentials leave the range of the numbers."""
+    monkeypatch.setenv("STRIATE_BACKEND", "cpu")
+    rerun: list[bool] = []
+    right = cpu._attend
+
+    def attend(*args: Any, bounded: bool = False) -> Any:
+        rerun.append(bounded)
+        return right(*args, bounded=bounded)
+
+    monkeypatch.setattr(cpu, "_attend", attend)
+    tensors = [t.to(dtype) for t in inputs((7, 9), (3, 4))]
+    want = run(by_loops((3, 4), shift, False, False), [t.double() for t in tensors])
+    tensors[1] = tensors[1] + level
+    limit = EXACT if dtype == torch.float64 else 1e-6
+    limit = max(limit, abs(level) * torch.finfo(dtype).eps)
+    got = run(op((3, 4), shift), tensors)
+    errors = [relative(a, b) for a, b in zip(got, want, strict=True)]
+    assert max(errors) < 8 * limit
+    assert rerun == ([False, True] if abs(level) > 90 else [False])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_outweigh_the_mask(dtype, path) -> None:
+    """A seam takes 100 off a score, and no more than that: what is greater by more attends across it."""
+    tensors = [t.to(dtype) for t in inputs((7, 9), (3, 4))]
+    tensors[0] = tensors[0] * 16
+    want = run(by_loops((3, 4), (1, 2), False, False), [t.double() for t in tensors])
+    unmasked = by_loops((3, 4), (1, 2), False, False, mask=0.0)(*(t.double() for t in tensors))
+    never = by_loops((3, 4), (1, 2), False, False, mask=1e9)(*(t.double() for t in tensors))
+    assert min(relative(want[0], other) for other in (unmasked, never)) > 1e-2
+    errors = [relative(a, b) for a, b in zip(run(op((3, 4), (1, 2)), tensors), want, strict=True)]
+    limit = 1e7 * torch.finfo(dtype).eps  # scores of 1000 have few digits after the point, and what differs has fewer
+    assert errors[0] < 1e-3 * limit
+    assert max(errors) < limit
+
+
+@pytest.mark.parametrize("channel", [0, HEADS * DIM, 2 * HEADS * DIM], ids=["query", "key", "value"])
+def test_a_nan_stays_in_its_window(channel, path) -> None:
+    tensors = inputs((6, 8), (3, 4))
+    tensors[0][0, 0, 0, channel] = float("nan")
+    out = op((3, 4))(*tensors)
+    assert out[0, :3, :4].isnan().any()
+    out[0, :3, :4] = 0
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
+def test_inference_computes_what_training_does(shift) -> None:
+    tensors = [t.requires_grad_() for t in inputs((7, 9), (3, 4))]
+    call = op((3, 4), shift)
+    with torch.no_grad():
+        got = call(*tensors)
+    assert not got.requires_grad
+    assert torch.equal(got, call(*tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype) -> None:
+    tensors = [t.float() for t in inputs((7, 9), (3, 4))]
+    tensors[0] = tensors[0].to(dtype)
+
+    def call(*args: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return op((3, 4), (1, 2))(*args)
+
+    assert worst(run(call, tensors), run(op((3, 4), (1, 2)), tensors)) == 0
 
 
 @pytest.mark.parametrize("given", [(0,), (0, 1), (0, 2), (0, 3)])
@@ -121,6 +229,16 @@ def test_optional_inputs(given, monkeypatch) -> None:
             monkeypatch.setenv("STRIATE_BACKEND", path)
             out = op(window, shift, cosine=cosine)(*call)
             assert relative(out, by_loops(window, shift, False, cosine)(*want)) < EXACT
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_gradients_of_qkv_alone(shift, cosine, path) -> None:
+    qkv, bias, pad, _ = inputs((7, 9), (3, 4))
+    factor = torch.full((HEADS,), 1.0 if cosine else DIM**-0.5, dtype=torch.float64)
+    fixed = torch.zeros_like(bias), torch.zeros_like(pad), factor
+    want = run(lambda x: by_loops((3, 4), shift, False, cosine)(x, *fixed), [qkv])
+    assert worst(run(lambda x: op((3, 4), shift, cosine=cosine)(x, None, None, None), [qkv]), want) < EXACT
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -323,6 +441,41 @@ def test_training_keeps_nothing_of_the_size_of_the_scores(shift, learned) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STRIATE_BACKEND", "reference")
         assert saved_bytes(call, skip=[qkv]) > scores
+
+
+class _Storages(TorchDispatchMode):
+    """Bytes of every storage that an operator returns something of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[int, int] = {}
+        self.kept: list[Tensor] = []  # so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in (t for t in tree_leaves(out) if isinstance(t, Tensor)):
+            self.kept.append(t)
+            self.bytes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return out
+
+
+@pytest.mark.parametrize(("shift", "grid"), [(0, False), (3, False), (0, True)])
+def test_inference_holds_a_few_windows_at_a_time(shift, grid, monkeypatch) -> None:
+    """Besides the output, nothing of the size of the map: no rolled, permuted or split copy, and no scores."""
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 4 * 49 * 49 * 4 // torch.get_num_threads())  # four heads of a window
+    qkv, bias = torch.randn(2, 56, 56, 3 * 64), torch.randn(13 * 13, 4)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return window_attention(qkv, bias, num_heads=4, window=7, shift=shift, grid=grid)
+
+    call()  # tables are cached
+    with _Storages() as seen:
+        out = call()
+    mask_and_bias = 4 * 4 * 49 * 49 * 4
+    allowed = {out.untyped_storage().data_ptr(), qkv.untyped_storage().data_ptr()}
+    others = [size for address, size in seen.bytes.items() if address not in allowed]
+    assert 0 < max(others) <= mask_and_bias < out.nbytes / 10
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,15 @@ ONE_TILE = {
     "smaller-than-window": case((2, 3), (4, 4), shift=(2, 2)),
     "window-of-one": case((3, 5), (1, 1)),
     "wide-heads": case((5, 5), (5, 5), 72, mask_padding=True),
+    "heads-of-64": case((6, 9), (7, 7), 64, shift=(3, 3)),
+    "heads-of-128": case((8, 8), (8, 8), 128, cosine=True),
 }
 TILED = {
     "tiled": case((8, 9), (9, 10), 24, shift=(3, 4)),
     "tiled-divisible-cosine": case((12, 6), (12, 6), cosine=True),
     "tiled-dilated": case((9, 13), (9, 8), interval=(1, 2), mask_padding=True),
+    "tiled-heads-of-64": case((9, 9), (9, 10), 64, shift=(3, 4)),
+    "tiled-heads-of-128": case((12, 6), (12, 6), 128),
 }
 LIMITS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}  # of the output; gradients: four times
 
