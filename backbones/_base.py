@@ -117,6 +117,10 @@ class Backbone(nn.Module):
         """Published keys -> ours; ours pass unchanged. Each family has its own."""
         raise NotImplementedError
 
+    def complete(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add what a checkpoint of a simpler model, with our keys, lacks, and drop what this model does not have."""
+        return state
+
     def adapt(self, key: str, value: Tensor) -> Tensor:
         """Fit a checkpoint's tensor to this model's shape where that has a meaning (position tables)."""
         return value

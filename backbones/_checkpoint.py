@@ -155,7 +155,7 @@ def _canonical(model: Backbone | FeaturePyramid, state: dict[str, Tensor]) -> di
                 logger.warning("left out %d tensors outside %s* of the checkpoint", dropped, prefix)
             state = {**inside, **norms}
             break
-    state = backbone.convert(state)
+    state = backbone.complete(backbone.convert(state))
     if not isinstance(model, FeaturePyramid):
         return state
     kept = {}

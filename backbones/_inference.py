@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._layers import BatchNorm, ConvNorm, Mlp, gelu
+from ._layers import BatchNorm, ConvNorm, Mlp, affine, gelu
 from ._quantize import QuantizedConv2d, QuantizedLinear, effective_weight, weight_sources
 from ._spiking import LinearNorm
 from .crossformer import GroupAttention
@@ -157,13 +157,6 @@ class PackedConv1x1(_NeedsOneDNN, Conv1x1):
         return _linear(x, self.derived("weight", (self.weight,), lambda: _pack(self.weight.flatten(1), x)), self.bias)
 
 
-def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Factor and offset `(C,)` that a batch norm applies in eval mode."""
-    weight, bias, mean, var = _norm_tensors(norm)
-    factor = weight * (var + norm.eps).rsqrt()
-    return factor, bias - mean * factor
-
-
 def _norm_tensors(*norms: BatchNorm) -> list[Tensor]:
     tensors = (t for n in norms for t in (n.weight, n.bias, n.running_mean, n.running_var))
     return [t for t in tensors if t is not None]
@@ -187,7 +180,7 @@ class FoldedConvNorm(Derived, ConvNorm):
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         weight, bias = effective_weight(self.conv), _bias(self.conv)
-        factor, offset = _affine(self.norm)
+        factor, offset = affine(self.norm)
         if self.norm_first:  # such convolutions have no padding, which would see the offset
             return weight * factor[:, None, None], bias + weight.sum((2, 3)) @ offset
         return weight * factor[:, None, None, None], bias * factor + offset
@@ -209,7 +202,7 @@ def _folded_linear(module: Derived, name: str, x: Tensor, linear: nn.Linear, *no
     def fold() -> tuple[Tensor, Tensor]:
         weight, bias = effective_weight(linear), _bias(linear)
         for norm in norms:
-            factor, offset = _affine(norm)
+            factor, offset = affine(norm)
             weight, bias = weight * factor[:, None], bias * factor + offset
         return weight, bias
 
@@ -242,7 +235,7 @@ class FoldedRepConv(Derived, RepConv):
     def _fold_depthwise(self) -> tuple[Tensor, Tensor]:
         """The norm before the convolution has padded its map with its offset, which makes that a constant."""
         weight = effective_weight(self.depthwise)
-        factor, offset = _affine(self.pad_norm)
+        factor, offset = affine(self.pad_norm)
         return weight * factor[:, None, None, None], weight.sum((1, 2, 3)) * offset
 
 
@@ -297,11 +290,11 @@ class FoldedMBConv(_NeedsOneDNN, MBConv):
 
     def _fold_expand(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.conv1_1x1.weight.flatten(1)
-        (before, shift), (after, offset) = _affine(self.pre_norm), _affine(self.norm1)
+        (before, shift), (after, offset) = affine(self.pre_norm), affine(self.norm1)
         return _pack(weight * before * after[:, None], x), (weight @ shift) * after + offset
 
     def _fold_depthwise(self) -> tuple[Tensor, Tensor]:
-        factor, offset = _affine(self.norm2)
+        factor, offset = affine(self.norm2)
         return self.conv2_kxk.weight * factor[:, None, None, None], offset
 
 

@@ -92,6 +92,13 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Factor and offset `(C,)` that a batch norm applies in eval mode."""
+    weight, bias, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    factor = weight * (var + norm.eps).rsqrt()  # type: ignore[operator]
+    return factor, bias - mean * factor  # type: ignore[operator]
+
+
 class ConvNorm(nn.Module):
     """Convolution and batch norm of `(B, H, W, C)`, in that order or the other."""
 

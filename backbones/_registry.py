@@ -215,9 +215,14 @@ def _options(cls: type[Backbone], info: ModelInfo, arch: dict[str, Any], kwargs:
 
 def _parameters(cls: type) -> set[str]:
     """Names of the arguments of `cls`, and of those that it passes on to its base as `**kwargs`."""
-    own = inspect.signature(cls).parameters.values()
-    names = {p.name for p in own if p.kind is not p.VAR_KEYWORD}
-    return names if len(names) == len(own) else names | _parameters(cls.__mro__[1])
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" in base.__dict__:
+            parameters = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
+            names |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    return names
 
 
 def _resolve_cfg(info: ModelInfo, cfg: Any, overlay: dict[str, Any] | None) -> dict[str, Any]:

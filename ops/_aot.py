@@ -18,7 +18,7 @@ from typing import Any
 
 from . import _triton
 
-OPS = ("window_attention", "routing_attention", "gated_linear_attention", "lif")
+OPS = ("window_attention", "routing_attention", "gated_linear_attention", "lif", "binary")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class KernelReport:
     """What one compiled kernel needs.
 
     Attributes:
-        op: operator, one of `OPS`.
+        op: operator, or family of operators, one of `OPS`.
         config: the configuration that launches it, e.g. `bf16 window 7x7 head 32 forward`.
         kernel: name of the kernel's function.
         target: e.g. `sm_90`.

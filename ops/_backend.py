@@ -43,7 +43,7 @@ def choose(op: str, x: Tensor, kernels: Obstacle | None = None) -> str:
     if _dry_runs:
         raise _DryRun(f"{op}: {path} ({reason})")
     if missed and not torch.compiler.is_compiling():
-        _say_once(f"{op} runs without its GPU kernels: {reason}")
+        say_once(f"{op} runs without its GPU kernels: {reason}")
     return path
 
 
@@ -120,7 +120,7 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     logger.warning("%s", message)
 
 

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import _triton
+from .binary import reference as binary_reference
+from .binary import triton as binary
 from .gated_linear_attention import chunked
 from .gated_linear_attention import triton as gated
 from .lif import reference as lif_reference
@@ -30,23 +32,29 @@ from .window_attention import triton as window
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU as its maker specifies it: bytes and dense FLOPs per second, and what kernels are compiled for."""
+    """A GPU as its maker specifies it: bytes, dense FLOPs and words of 32 bits whose ones it counts per second.
+
+    `target` is what kernels are compiled for.
+    """
 
     target: str
     bandwidth: float
     flops: Mapping[torch.dtype, float]
+    popcounts: float
 
 
-def _device(target: str, bandwidth: float, half: float, single: float) -> Device:
+def _device(target: str, bandwidth: float, half: float, single: float, popcounts: float) -> Device:
     rates = {torch.bfloat16: half * 1e12, torch.float16: half * 1e12, torch.float32: single * 1e12}
-    return Device(target, bandwidth * 1e12, rates)
+    return Device(target, bandwidth * 1e12, rates, popcounts * 1e12)
 
 
-DEVICES = {  # TB/s, TFLOP/s in 16 bits with float32 sums, and in float32 without TF32
-    "a100": _device("sm_80", 2.039, 312, 19.5),
-    "h100": _device("sm_90", 3.35, 989, 66.9),
-    "b200": _device("sm_100", 8.0, 2250, 75),
-    "mi300x": _device("gfx942", 5.3, 1307, 163.4),
+# TB/s, TFLOP/s in 16 bits with float32 sums and in float32 without TF32. Per cycle a multiprocessor of NVIDIA's counts
+# the ones of 16 words (CUDA C++ Programming Guide, "Arithmetic Instructions"), a compute unit of AMD's those of 64.
+DEVICES = {
+    "a100": _device("sm_80", 2.039, 312, 19.5, 108 * 16 * 1.41e-3),
+    "h100": _device("sm_90", 3.35, 989, 66.9, 132 * 16 * 1.83e-3),
+    "b200": _device("sm_100", 8.0, 2250, 75, 148 * 16 * 1.85e-3),
+    "mi300x": _device("gfx942", 5.3, 1307, 163.4, 304 * 64 * 2.1e-3),
 }
 
 
@@ -54,12 +62,14 @@ DEVICES = {  # TB/s, TFLOP/s in 16 bits with float32 sums, and in float32 withou
 class Traffic:
     """Bytes read and written, with multiplicity, and FLOPs (two per multiply-add of the matrix products).
 
-    `reads` and `writes` say how often each element of a tensor is read and written on average, where that is known.
+    `popcounts` are words of 32 bits whose ones are counted: 32 multiply-adds of signs each. `reads` and `writes` say
+    how often each element of a tensor is read and written on average, where that is known.
     """
 
     read: float = 0.0
     written: float = 0.0
     flops: float = 0.0
+    popcounts: float = 0.0
     reads: dict[str, float] = field(default_factory=dict)
     writes: dict[str, float] = field(default_factory=dict)
 
@@ -88,16 +98,19 @@ class Roofline:
     bound: Traffic
 
     def seconds(self, traffic: Traffic) -> float:
-        """The least time for `traffic` on this device: that of its bytes or of its FLOPs, whichever is longer."""
+        """The least time for `traffic` on this device: of its bytes or of what it computes, whichever is longer."""
         device = DEVICES[self.device]
-        return max((traffic.read + traffic.written) / device.bandwidth, traffic.flops / device.flops[self.dtype])
+        computed = traffic.flops / device.flops[self.dtype] + traffic.popcounts / device.popcounts
+        return max((traffic.read + traffic.written) / device.bandwidth, computed)
 
     def __str__(self) -> str:
         lines = [f"{self.op}, {'backward' if self.backward else 'forward'}, {self.dtype}, {self.device}"]
         for name in ("kernel", "eager", "bound"):
             t = getattr(self, name)
             moved = f"{t.read / 1e6:10.2f} MB read {t.written / 1e6:10.2f} MB written"
-            lines.append(f"  {name:<7}{moved} {t.flops / 1e9:9.3f} GFLOP  at least {self.seconds(t) * 1e6:8.1f} us")
+            counted = f" {t.popcounts / 1e9:9.3f} G popcounts" if t.popcounts else ""
+            least = f"at least {self.seconds(t) * 1e6:8.1f} us"
+            lines.append(f"  {name:<7}{moved} {t.flops / 1e9:9.3f} GFLOP{counted}  {least}")
         return "\n".join(lines)
 
 
@@ -112,14 +125,16 @@ def roofline(
     """Bytes moved and FLOPs of an operator's forward or backward: of our kernel, of eager PyTorch, and the bound.
 
     Args:
-        op: `window_attention`, `routing_attention`, `gated_linear_attention` or `lif`, the function or its name.
+        op: `window_attention`, `routing_attention`, `gated_linear_attention`, `lif` or `binary_linear`, the function or
+            its name.
         shapes: the operator's arguments with shapes in place of tensors, e.g.
             `dict(qkv=(8, 56, 56, 288), bias=(169, 3), num_heads=3, window=7)`; `routes=(8, 64, 4)`.
         device: one of `DEVICES`.
         dtype: of the tensors; float32, float16 or bfloat16.
 
     Raises:
-        ValueError: for an unknown operator, device or dtype, or arguments that the operator's kernels do not take.
+        ValueError: for an unknown operator, device or dtype, or arguments that the operator's kernels do not take;
+            for the backward of `binary_linear`, which has none.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _COUNTS:
@@ -129,17 +144,17 @@ def roofline(
     if dtype not in DEVICES[device].flops:
         raise ValueError(f"dtype={dtype} has no kernels; use float32, float16 or bfloat16")
     tensors = {
-        key: torch.empty(value, dtype=torch.int64 if key == "routes" else dtype, device="meta")
+        key: torch.empty(value, dtype=torch.int64 if key in ("routes", "words") else dtype, device="meta")
         for key, value in shapes.items()
-        if key in _TENSORS
+        if key in _TENSORS and isinstance(value, Sequence)
     }
-    options = {key: value for key, value in shapes.items() if key not in _TENSORS}
+    options = {key: value for key, value in shapes.items() if key not in tensors}
     with _triton.forced_target(DEVICES[device].target):
         kernel, bound, eager = _COUNTS[name](tensors, options, backward)
     return Roofline(name, device, dtype, backward, kernel, _eager(eager, tensors, backward), bound)
 
 
-_TENSORS = ("qkv", "bias", "pad", "routes", "q", "k", "v", "gate", "reverse_gate", "x")
+_TENSORS = ("qkv", "bias", "pad", "routes", "q", "k", "v", "gate", "reverse_gate", "x", "words", "scale")
 
 Counts = tuple[Traffic, Traffic, Callable[..., Tensor]]
 
@@ -369,17 +384,56 @@ def _lif(tensors: dict[str, Tensor], options: dict[str, Any], backward: bool) ->
     return found, _bound([x], _bytes(x), 0.0, backward), eager
 
 
+def _binary(tensors: dict[str, Tensor], options: dict[str, Any], backward: bool) -> Counts:
+    if missing := [name for name in ("x", "words", "scale") if name not in tensors]:
+        raise ValueError(f"shapes lacks {', '.join(missing)}; binary_linear needs x=(..., K), words=(N, W), scale=(N,)")
+    x, words = tensors["x"], tensors["words"]
+    _refuse(binary.obstacle(x) if not backward else "binary_linear has no backward, it is for inference")
+    binary_input = options.get("binary_input", True)
+    rows, outputs = x.numel() // x.shape[-1], len(words)
+    out = x.new_empty(rows, outputs)
+    tile = binary.COUNTING if binary_input else binary.tile_of(x, out)
+    down, across = -(-rows // tile.rows), -(-outputs // tile.columns)
+    found = Traffic()
+    found.count("x", _bytes(x), reads=1 if binary_input else across)
+    found.count("words", _bytes(words), reads=down)
+    for name in ("scale", "bias"):
+        if name in tensors:
+            found.count(name, _bytes(tensors[name]), reads=down)
+    found.count("out", _bytes(out), writes=1)
+    if binary_input:
+        found.count("planes", 2 * 8 * rows * words.shape[1], reads=across, writes=1)
+        found.count("counts", 4 * rows, reads=across, writes=1)
+        found.popcounts = 2.0 * down * tile.rows * across * tile.columns * words.shape[1]
+    else:
+        found.flops = 2.0 * down * tile.rows * across * tile.columns * words.shape[1] * binary_reference.WORD
+    flops = 0.0 if binary_input else 2.0 * rows * outputs * x.shape[-1]  # signs can be multiplied in many ways
+    bound = _bound(list(tensors.values()), _bytes(out), flops, backward)
+
+    def eager(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight = x.new_empty(len(words), x.shape[-1])  # unpacked beforehand
+        dots = torch.nn.functional.linear(torch.sign(x) if binary_input else x, weight)
+        return binary_reference.affine(dots, scale, bias)
+
+    return found, bound, eager
+
+
 _COUNTS: dict[str, Callable[[dict[str, Tensor], dict[str, Any], bool], Counts]] = {
     "window_attention": _window,
     "routing_attention": _routing,
     "gated_linear_attention": _gated,
     "lif": _lif,
+    "binary_linear": _binary,
 }
 
 
 def _refuse(obstacle: str) -> None:
     if obstacle:
         raise ValueError(f"the kernels do not take these arguments: {obstacle}")
+
+
+_aten = torch.ops.aten
+_MOVE_NOTHING = (_aten.empty_like.default, _aten.new_empty.default, _aten._unsafe_view.default)
 
 
 class _Meter(TorchDispatchMode):
@@ -391,7 +445,7 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
-        if not (func.is_view or func in (torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default)):
+        if not (func.is_view or func in _MOVE_NOTHING):
             self.traffic.read += sum(map(_touched, _tensors((args, kwargs))))
             self.traffic.written += sum(map(_touched, _tensors(out)))
         return out

@@ -54,4 +54,8 @@ PARAMETERS = {
     "metaspikformer_8_384": 31_333_864,
     "metaspikformer_8_512": 55_350_248,
     "mst_tiny": 28_332_638,
+    "ecoformer_pvt_v2_b0": 3_136_328,
+    "ecoformer_pvt_v2_b1": 11_891_368,
+    "ecoformer_pvt_v2_b2": 20_367_528,
+    "ecoformer_twins_svt_small": 21_522_088,
 }

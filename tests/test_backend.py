@@ -154,9 +154,9 @@ class OnGpu(torch.Tensor):
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    _backend._say_once.cache_clear()
+    _backend.say_once.cache_clear()
     yield lambda: [record.getMessage() for record in caplog.records]
-    _backend._say_once.cache_clear()
+    _backend.say_once.cache_clear()
 
 
 def test_a_gpu_tensor_takes_the_kernels_unless_something_is_in_the_way(said, monkeypatch) -> None:

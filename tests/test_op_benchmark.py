@@ -40,6 +40,7 @@ def test_the_shapes_are_those_of_the_models() -> None:
     assert "3136 tokens, 3 heads of 16 and 32" in names["gated_linear_attention"]
     assert "3136 tokens, 3 heads of 32" in names["channel_attention"]
     assert "4 steps, 256 channels, 28x28" in names["lif"]
+    assert "196x384 to 1536, binary input" in names["binary_linear"]
 
 
 def test_flash_linear_attention_is_called_for_both_directions(monkeypatch) -> None:

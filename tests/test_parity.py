@@ -53,7 +53,9 @@ def official_weights(record: dict[str, Any]) -> dict[str, Tensor]:
             state[key] = torch.zeros(shape, dtype=torch.int64)
         else:
             factor = next((f for pattern, f in record["scaled"].items() if re.search(pattern, key)), 1.0)
-            state[key] = torch.from_numpy(np.ascontiguousarray(np.float32(factor) * weight(key, shape)))
+            offset = next((o for pattern, o in record.get("shifted", {}).items() if re.search(pattern, key)), 0.0)
+            array = np.float32(factor) * weight(key, shape) + np.float32(offset)
+            state[key] = torch.from_numpy(np.ascontiguousarray(array))
     return state
 
 
@@ -152,7 +154,7 @@ def test_fixtures_cover_what_they_should() -> None:
     """Classification and dense code, sizes that need padding, all families; and they stay small."""
     records = [read(name)[0] for name in NAMES]
     assert {r["model"].split("_")[0] for r in records} >= {
-        "swin", "swinv2", "biformer", "davit", "maxvit", "crossformer", "vig",
+        "swin", "swinv2", "biformer", "davit", "maxvit", "crossformer", "vig", "ecoformer",
         "metaspikformer", "mst", "qsd", "spike", "spikformer", "statten",
     }  # fmt: skip
     assert {r["output"] for r in records} == {"logits", "pyramid_mean"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import timm.data
@@ -30,7 +33,7 @@ def test_every_family_is_listed_and_described() -> None:
 
 def test_patterns_and_families() -> None:
     assert striate.list_models("biformer_*") == striate.list_models(family="biformer")
-    assert striate.list_models("bi*_t*") == ["biformer_tiny"]
+    assert striate.list_models("bif*_t*") == ["biformer_tiny"]
     assert striate.list_models("no such") == []
     assert set(striate.list_models(family="swin")).isdisjoint(striate.list_models(family="swinv2"))
 
@@ -156,3 +159,32 @@ def test_rectangular_windows_and_images() -> None:
 def test_windows_are_no_larger_than_the_native_map() -> None:
     model = striate.create_model("swinv2_tiny_window16_256", depths=(1, 1, 1, 1))
     assert [stage.blocks[0].attn.window for stage in model.layers] == [(16, 16), (16, 16), (16, 16), (8, 8)]
+
+
+TIMM = """
+{imports}
+ours = [name for name in striate.list_models() if timm.models.model_entrypoint(name).__module__.startswith("striate")]
+assert "biformer_tiny" in ours and "swin_tiny" in ours, ours
+assert not [name for name in striate.list_models() if not timm.is_model(name)]
+assert set(ours) <= set(timm.list_models())
+assert set(striate.list_models()) - set(ours) == {{n for n in striate.list_models() if n in {before!r}}}
+model = timm.create_model("biformer_tiny", features_only=True, out_indices=(0, 2), depths=(1, 1, 1, 1))
+assert type(model) is striate.backbones.FeaturePyramid, type(model)
+maps = model(torch.zeros(1, 3, 64, 96))
+assert [tuple(m.shape[1:]) for m in maps] == [(64, 16, 24), (256, 4, 6)]
+assert model.feature_info.channels() == [64, 256]
+model = timm.create_model("swin_tiny", pretrained=False, num_classes=5, drop_path_rate=0.1, depths=(1, 1, 1, 1))
+assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+"""
+
+
+@pytest.mark.parametrize("imports", ["import striate, torch, timm", "import timm, torch, striate"])
+def test_models_are_known_to_timm_in_both_import_orders(imports) -> None:
+    before = [name for name in striate.list_models() if not timm.models.model_entrypoint(name).__module__.startswith("striate")]
+    code = TIMM.format(imports=imports, before=before)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=_root(), check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _root() -> str:
+    return striate.__path__[-1] if len(striate.__path__) > 1 else "."

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from striate.ops import roofline, window_attention
+from striate.ops import pack_signs, roofline, window_attention
+from striate.ops.binary import triton as binary
 from striate.ops.gated_linear_attention import triton as gated
 from striate.ops.lif import reference as lif_reference
 from striate.ops.lif import triton as spiking
@@ -29,6 +30,7 @@ ROUTES = {
     "8x8, top 2": dict(qkv=(1, 24, 16, 96), routes=(1, 6, 2), num_heads=2, region=8),
     "2x2, dense": dict(qkv=(1, 8, 8, 96), routes=(1, 16, 8), num_heads=2, region=2),
 }
+LAYER = dict(x=(70, 128), words=(50, 2), scale=(50,), binary_input=False)
 GATED = {
     "one chunk": dict(n=16, k=16, v=32),
     "several chunks": dict(n=150, k=16, v=64),
@@ -148,6 +150,35 @@ def test_spiking_neurons_move_what_the_meter_sees(steps, backward) -> None:
     assert found.eager.read + found.eager.written > 3 * (found.bound.read + found.bound.written)
 
 
+@pytest.mark.parametrize("binary_input", [True, False])
+def test_binary_layers_move_what_the_meter_sees(binary_input) -> None:
+    m, n, k = 70, 130, 140
+    shapes = dict(x=(2, 35, k), words=(n, 3), scale=(n,), bias=(n,), binary_input=binary_input)
+    found = roofline("binary_linear", shapes, DEVICE)
+    x, words, scale, bias = torch.randn(2, 35, k).bfloat16(), pack_signs(torch.randn(n, k)), *torch.randn(2, n)
+    with interpreted(), metered() as meter:
+        out = binary.launch_binary_linear(x, words, scale.bfloat16(), bias.bfloat16(), binary_input)
+    same(found.kernel.reads, {"x": meter.reads(x)})
+    same(found.kernel.writes, {"out": meter.writes(out)})
+    assert (found.kernel.read, found.kernel.written) == (meter.bytes_read, meter.bytes_written)
+    unpacked, written = 2 * n * k, 2 * m * (n + n + n)  # product, scale and bias
+    assert found.eager.flops == 2 * m * n * k
+    assert found.eager.written == written + (2 * m * k if binary_input else 0)
+    assert found.eager.read > unpacked + 2 * m * k
+    (none, some) = ("flops", "popcounts") if binary_input else ("popcounts", "flops")
+    assert getattr(found.kernel, none) == 0
+    assert getattr(found.kernel, some) == 128 * 192 * 3 * 64 * (1 / 32 if binary_input else 2)
+    assert ("G popcounts" in str(found)) == binary_input
+    assert found.bound.read == 2 * m * k + 8 * n * 3 + 2 * 2 * n
+
+
+def test_time_for_counting_bits() -> None:
+    shapes = dict(x=(4096, 4096), words=(4096, 64), scale=(4096,))
+    found = roofline("binary_linear", shapes, "h100")
+    assert found.kernel.popcounts == 4096**3 / 32
+    assert found.seconds(found.kernel) == pytest.approx(4096**3 / 32 / (132 * 16 * 1.83e9))
+
+
 def test_the_bound_is_inputs_and_outputs_once() -> None:
     found = roofline(window_attention, WINDOWS["7x7"], dtype=torch.float16)
     qkv, bias, out = 2 * 14 * 7 * 96 * 2, 169 * 2 * 2, 2 * 14 * 7 * 32 * 2
@@ -172,8 +203,9 @@ def test_kernels_never_go_below_the_bound() -> None:
     cases = [("window_attention", shapes) for shapes in WINDOWS.values()]
     cases += [("routing_attention", shapes) for shapes in ROUTES.values()]
     cases += [("lif", dict(x=(20, 3, 7), reset=None, surrogate="atan"))]
+    cases += [("binary_linear", LAYER), ("binary_linear", LAYER | dict(binary_input=True))]
     for op, shapes in cases:
-        for backward in (False, True):
+        for backward in (False, True) if op != "binary_linear" else (False,):
             found = roofline(op, shapes, "mi300x", backward=backward)
             assert found.kernel.read + found.kernel.written >= (found.bound.read + found.bound.written) * 0.9
             assert found.kernel.flops >= found.bound.flops
@@ -192,6 +224,8 @@ def test_kernels_never_go_below_the_bound() -> None:
         ),
         (dict(op="gated_linear_attention", shapes=dict(q=(1, 2, 3, 4))), "shapes lacks k, v, gate, reverse_gate"),
         (dict(op="lif"), "shapes lacks x"),
+        (dict(op="binary_linear", shapes=dict(x=(2, 64))), "shapes lacks words, scale"),
+        (dict(op="binary_linear", shapes=LAYER, backward=True), "binary_linear has no backward"),
     ],
 )
 def test_bad_requests(changes, message) -> None:

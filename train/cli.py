@@ -27,6 +27,7 @@ COMMANDS = {
     "info": Command(".cli:info", "show what is known about a model"),
     "benchmark": Command(".benchmark:main", "measure speed and memory of a model"),
     "profile": Command(".profile:main", "estimate the energy of a model, layer by layer, from spikes on real images"),
+    "export": Command(".export:main", "write a model to a folder, its binary layers packed to bits"),
     "kernels": Command(".kernels:main", "compile the Triton kernels for a GPU and show what each needs"),
     "demo": Command(".demo:main", "train, publish and look into a small BiFormer on the embedded images"),
 }

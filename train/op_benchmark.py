@@ -19,12 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import (
+    binary_linear,
     channel_attention,
     explain,
     gated_linear_attention,
     lif,
+    pack_signs,
     route_regions,
     routing_attention,
+    unpack_signs,
     window_attention,
 )
 from ..ops.partition import crop, grid_interval, group_mask, merge, pad_map, padded_size, split
@@ -34,6 +37,7 @@ from .evaluate import choose_device
 from .measure import cpu_threads, environment, reference_path, seconds_per_call
 
 OURS, DEFINITION, PLAIN, SDPA, COMPILED = "striate", "definition", "matmul-softmax", "sdpa", "torch.compile"
+LINEAR = "linear"
 RECURRENCE_TOKENS = 256  # beyond, the token-by-token definition takes seconds
 
 Call = Callable[..., Tensor]
@@ -43,7 +47,8 @@ Call = Callable[..., Tensor]
 class Case:
     """An operator at one shape: `op(*inputs, **options)`, and other ways to compute it from `inputs`, by name.
 
-    All ways but `natten` agree. `definition` says whether the definition is among them.
+    All ways but `natten` agree. `definition` says whether the definition is among them, `train` whether there is a
+    backward.
     """
 
     op: Call
@@ -52,6 +57,7 @@ class Case:
     options: Mapping[str, Any]
     rivals: Mapping[str, Call]
     definition: bool = True
+    train: bool = True
 
     def ways(self) -> dict[str, Call]:
         """Every way by name, ours first."""
@@ -166,14 +172,32 @@ def lif_cases(batch: int, make: Callable[..., Tensor]) -> Iterator[Case]:
         yield Case(lif, f"4 steps, {channels} channels, {side}x{side}", inputs, {}, rivals)
 
 
+def binary_cases(batch: int, make: Callable[..., Tensor]) -> Iterator[Case]:
+    """The MLP of DeiT-S at 224 pixels with packed weights, against unpacked weights in the dtype of the input."""
+    for inputs, outputs in ((384, 1536), (1536, 384)):
+        x, scale, words = make(batch * 196, inputs), make(outputs), pack_signs(make(outputs, inputs))
+        weight = unpack_signs(words, inputs, x.dtype)
+        for binary_input in (True, False):
+            rivals = {LINEAR: functools.partial(unpacked_linear, weight=weight, binary_input=binary_input)}
+            name = f"{len(x)}x{inputs} to {outputs}, {'binary' if binary_input else 'real'} input"
+            options = dict(binary_input=binary_input)
+            yield Case(binary_linear, name, (x, words, scale), options, rivals, train=False)
+
+
+def unpacked_linear(x: Tensor, words: Tensor, scale: Tensor, weight: Tensor, binary_input: bool) -> Tensor:
+    """A linear layer with the weights as numbers."""
+    return F.linear(torch.sign(x) if binary_input else x, weight) * scale
+
+
 CASES: dict[str, Callable[[int, Callable[..., Tensor]], Iterator[Case]]] = {
     "window_attention": window_cases,
     "routing_attention": routing_cases,
     "gated_linear_attention": gated_cases,
     "channel_attention": channel_cases,
     "lif": lif_cases,
+    "binary_linear": binary_cases,
 }
-WAYS = (OURS, DEFINITION, PLAIN, SDPA, COMPILED, "flash-linear-attention", "natten", "spikingjelly")
+WAYS = (OURS, DEFINITION, PLAIN, SDPA, LINEAR, COMPILED, "flash-linear-attention", "natten", "spikingjelly")
 
 
 class MissingError(Exception):
@@ -248,7 +272,7 @@ def benchmark_ops(settings: OpSettings, progress: bool = False) -> dict[str, Any
         rows = []
         seconds = settings.seconds and settings.seconds / len(cases)
         for case in tqdm(cases, "shapes", file=sys.stderr, disable=None if progress else True):
-            for mode in ("inference", "train") if settings.train else ("inference",):
+            for mode in ("inference", "train") if settings.train and case.train else ("inference",):
                 rows += _measure(case, mode, settings, seconds, device)
         return {"rows": rows, "environment": found}
 

@@ -1,0 +1,90 @@
+"""The definition of the binary operators: signs and their estimators, and products of packed signs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WORD = 64  # signs in one
+
+
+class Sign(torch.autograd.Function):
+    """Sign, 0 at 0, with a gradient from an estimator; see `striate.ops.binary_sign`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, estimator: str) -> Tensor:
+        return torch.sign(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        x, ctx.estimator = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        if ctx.estimator == "polynomial":
+            return grad * (2 - 2 * x.abs()).clamp_min(0), None
+        return grad * (x.abs() < 1), None
+
+
+def softmax_aware(scores: Tensor) -> Tensor:
+    """See `striate.ops.softmax_aware`."""
+    prob = scores.softmax(-1)
+    hit = (prob >= 0.25 * prob.amax(-1, keepdim=True)).to(prob.dtype)
+    return hit.detach() + (prob - prob.detach())
+
+
+def pack_signs(x: Tensor) -> Tensor:
+    """See `striate.ops.pack_signs`."""
+    bits = F.pad(x > 0, (0, -x.shape[-1] % WORD)).unflatten(-1, (-1, WORD))
+    return (bits.long() << torch.arange(WORD, device=x.device)).sum(-1)  # the bits are disjoint: a sum is their union
+
+
+def unpack_signs(words: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """See `striate.ops.unpack_signs`."""
+    bits = (words[..., None] >> torch.arange(WORD, device=words.device)) & 1
+    return (2 * bits.flatten(-2)[..., :length] - 1).to(dtype)
+
+
+def packed_matmul(a: Tensor, b: Tensor, length: int) -> Tensor:
+    """See `striate.ops.packed_matmul`."""
+    signs = (unpack_signs(words, length, torch.float32) for words in (a, b))  # sums of up to 2^24 ones are exact
+    return torch.matmul(*(s if i == 0 else s.mT for i, s in enumerate(signs))).to(torch.int32)
+
+
+def binary_linear(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, binary_input: bool) -> Tensor:
+    """See `striate.ops.binary_linear`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = torch.sign(x).to(wide) if binary_input else x.to(wide)
+    y = F.linear(y, unpack_signs(words, x.shape[-1], wide))
+    return affine(y, scale.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+def affine(dots: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`dots * scale + bias`, rounded after each operator."""
+    y = dots * scale
+    return y if bias is None else y + bias
+
+
+def activate(y: Tensor, shortcut: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """`prelu(y + shortcut) + offset`; changes `y` `(..., N)`."""
+    y.unflatten(-1, (-1, shortcut.shape[-1])).add_(shortcut.unsqueeze(-2))
+    return torch.where(y > 0, y, y * slope).add_(offset)
+
+
+class Forward(torch.autograd.Function):
+    """Identity for layers that have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("binary_linear has no gradient: packed layers are for inference; train the unpacked model")
