@@ -1,7 +1,7 @@
 """Layers with weights of +1 and -1, and packing them to bits.
 
-A binary linear layer computes `sign(x) sign(C)^T * scale + bias`, with `C` the weight less the mean of its row. Products
-of signs are whole numbers, exact in float32, so a packed layer gives the same bits as the layer that it came from.
+A binary linear layer computes `sign(x) sign(C)^T * scale + bias`, with `C` the weight less the mean of its row. The
+products of signs are whole numbers, exact in float32, so a packed layer gives the bits of the layer it came from.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ class PackedLinear(nn.Module):
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, words: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, binary_input: bool
-    ) -> None:
+    def __init__(self, words: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, binary_input: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.binary_input = in_features, len(words), binary_input
         self.register_buffer("words", words)
@@ -136,7 +134,7 @@ def pack(model: nn.Module) -> None:
     replaced: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if hasattr(module, "packed") and not any(name.startswith(f"{outer}.") for outer in replaced):
-            replaced[name] = module.packed(name).train(module.training)  # type: ignore[operator]
+            replaced[name] = module.packed(name).train(module.training)
     for name, module in replaced.items():
         model.set_submodule(name, module)
 

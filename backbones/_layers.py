@@ -94,9 +94,8 @@ class BatchNorm(nn.BatchNorm2d):
 
 def affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Factor and offset `(C,)` that a batch norm applies in eval mode."""
-    weight, bias, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    factor = weight * (var + norm.eps).rsqrt()  # type: ignore[operator]
-    return factor, bias - mean * factor  # type: ignore[operator]
+    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator, union-attr]
+    return factor, norm.bias - norm.running_mean * factor  # type: ignore[operator]
 
 
 class ConvNorm(nn.Module):

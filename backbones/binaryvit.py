@@ -74,6 +74,7 @@ class BinaryProjection(nn.Module):
     """
 
     binary_products = True
+    move: nn.Parameter | None
 
     def __init__(self, dim: int, out_dim: int, centred: bool = True, shifted: bool = True) -> None:
         super().__init__()
@@ -103,13 +104,18 @@ class BinaryProjection(nn.Module):
     def packed(self, name: str) -> PackedProjection:
         """The same of packed weights; see `BinaryLinear.words` for `name` and errors."""
         act = self.rprelu
-        return PackedProjection(
-            self.linear.words(f"{name}.linear"), *self._folded(), act.weight, act.move2, self.move
-        )
+        return PackedProjection(self.linear.words(f"{name}.linear"), *self._folded(), act.weight, act.move2, self.move)
 
 
 class PackedProjection(nn.Module):
     """A `BinaryProjection` in evaluation, for inference; see `striate.ops.binary_projection`."""
+
+    words: Tensor
+    scale: Tensor
+    bias: Tensor
+    slope: Tensor
+    offset: Tensor
+    move: Tensor | None
 
     def __init__(
         self, words: Tensor, scale: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, move: Tensor | None
@@ -121,9 +127,8 @@ class PackedProjection(nn.Module):
             self.register_buffer(name, None if vector is None else vector.detach().clone())
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        names = ("scale", "bias", "slope", "offset", "move")
-        scale, bias, slope, offset, move = (None if (t := getattr(self, n)) is None else t.to(x.dtype) for n in names)
-        return binary_projection(x, self.words, scale, bias, shortcut.to(x.dtype), slope, offset, move)
+        scale, bias, slope, offset = (t.to(x.dtype) for t in (self.scale, self.bias, self.slope, self.offset))
+        return binary_projection(x, self.words, scale, bias, shortcut.to(x.dtype), slope, offset, self.move)
 
 
 class _Clip(torch.autograd.Function):
@@ -183,12 +188,12 @@ class BinaryAttention(nn.Module):
         if self.reduce is None:
             return x
         for axis in (1, 2):
-            x = x.repeat_interleave(self.reduction, axis)
-        return x[:, : like.shape[1], : like.shape[2]]
+            x = x.index_select(axis, torch.arange(like.shape[axis], device=x.device) // self.reduction)
+        return x
 
 
 def pool(x: Tensor, side: int) -> Tensor:
-    """Means of `side` x `side` pixels of a map `(B, H, W, C)`; sizes are rounded up, and edges average what is there."""
+    """Means of `side` x `side` pixels of a map `(B, H, W, C)`; sizes are rounded up, edges average what is there."""
     x = F.avg_pool2d(x.permute(0, 3, 1, 2), side, ceil_mode=True, count_include_pad=False)
     return x.permute(0, 2, 3, 1)
 
@@ -426,6 +431,8 @@ _CONVERT = [
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' keys -> ours; their 2x2 convolutions are linear layers here, and a shift has no axes of size 1."""
+    if not any(key.startswith("vit.") for key in state):
+        return state
     pyramid = any(key.startswith("vit.encoder.patch_embed") for key in state)
     out = {}
     for key, value in state.items():

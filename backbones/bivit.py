@@ -105,9 +105,9 @@ class BinaryMlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, activation_bits: int) -> None:
         super().__init__()
-        options = dict(binary_input=activation_bits == 1, learned_scale=activation_bits == 32)
-        self.fc1 = BinaryLinear(dim, hidden_dim, **options)
-        self.fc2 = BinaryLinear(hidden_dim, dim, **options)
+        real = activation_bits == 32
+        self.fc1 = BinaryLinear(dim, hidden_dim, binary_input=not real, learned_scale=real)
+        self.fc2 = BinaryLinear(hidden_dim, dim, binary_input=not real, learned_scale=real)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(gelu(self.fc1(x)))
@@ -264,7 +264,8 @@ def bivit_swin_tiny(**kwargs: Any) -> nn.Module:
     return build(BiViTSwin, dict(dense=kwargs.get("features_only", False)), kwargs)
 
 
-@register(BIVIT, params=1.3, gmacs=0.08, size=32, crop_pct=1.0)
+@register(BIVIT, params=1.0, gmacs=0.02, size=32, crop_pct=1.0)
 def bivit_nano(**kwargs: Any) -> nn.Module:
-    """Our own size for small images."""
-    return build(BiViT, dict(dim=128, depths=(6,), num_heads=4, patch_size=4, img_size=32), kwargs)
+    """Our own size for small images: two stages of a Swin Transformer."""
+    arch = dict(dim=64, depths=(2, 4), num_heads=(2, 4), window=4, img_size=32)
+    return build(BiViTSwin, {**arch, "dense": kwargs.get("features_only", False)}, kwargs)

@@ -1,7 +1,15 @@
 """The shared operators, each with one definition (`reference.py`) and the same result on every path."""
 
 from ._backend import explain
-from .binary import binary_linear, binary_projection, binary_sign, pack_signs, packed_matmul, softmax_aware, unpack_signs
+from .binary import (
+    binary_linear,
+    binary_projection,
+    binary_sign,
+    pack_signs,
+    packed_matmul,
+    softmax_aware,
+    unpack_signs,
+)
 from .channel_attention import channel_attention
 from .gated_linear_attention import gated_linear_attention
 from .lif import lif, multispike

@@ -134,16 +134,28 @@ def test_explain_refuses_what_the_operator_refuses() -> None:
 def test_every_operator_explains_itself(name) -> None:
     heads = torch.randn(1, 9, 2, 4)
     arguments: dict[str, tuple[tuple[torch.Tensor, ...], dict[str, int]]] = {
+        "binary_linear": ((torch.randn(3, 64), WORDS, torch.ones(2)), {}),
+        "binary_projection": ((torch.randn(3, 64), WORDS, *torch.ones(2, 2), torch.ones(3, 2), *torch.ones(2, 2)), {}),
+        "binary_sign": ((heads,), {}),
         "channel_attention": ((torch.randn(1, 9, 18),), dict(num_heads=2)),
         "gated_linear_attention": ((heads,) * 5, {}),
         "lif": ((heads,), {}),
         "multispike": ((heads,), {}),
+        "pack_signs": ((heads,), {}),
+        "packed_matmul": ((WORDS, WORDS), dict(length=64)),
         "route_regions": ((QKV,), dict(region=2, topk=1)),
         "routing_attention": ((QKV, torch.zeros(1, 4, 1, dtype=torch.long)), dict(num_heads=2, region=2)),
+        "softmax_aware": ((heads,), {}),
+        "unpack_signs": ((WORDS,), dict(length=64)),
         "window_attention": ((QKV,), dict(num_heads=2, window=2)),
     }
     tensors, options = arguments[name]
-    assert explain(getattr(ops, name), *tensors, **options) == f"{name}: cpu (an eager tensor on the CPU)"
+    plain = name in ("binary_sign", "pack_signs", "softmax_aware", "unpack_signs")
+    why = "reference (plain PyTorch on every device)" if plain else "cpu (an eager tensor on the CPU)"
+    assert explain(getattr(ops, name), *tensors, **options) == f"{name}: {why}"
+
+
+WORDS = torch.zeros(2, 1, dtype=torch.long)
 
 
 class OnGpu(torch.Tensor):

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "segmentation": {"ops", "backbones", "hub"},
     "configs": set(),
 }
-MAY_USE = {"ops": {"torch", "triton"}}  # of other people's packages; elsewhere pyproject.toml decides
+MAY_USE = {"ops": {"torch", "triton", "numba", "numpy"}}  # of other people's packages; elsewhere pyproject.toml decides
 SPLITTING = re.compile(
     r"(window|grid|block|group|patch)s?_?(partition|unpartition|reverse|split|merge|shift)|cyclic|roll"
 )

@@ -180,7 +180,8 @@ assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
 
 @pytest.mark.parametrize("imports", ["import striate, torch, timm", "import timm, torch, striate"])
 def test_models_are_known_to_timm_in_both_import_orders(imports) -> None:
-    before = [name for name in striate.list_models() if not timm.models.model_entrypoint(name).__module__.startswith("striate")]
+    origins = {name: timm.models.model_entrypoint(name).__module__ for name in striate.list_models()}
+    before = [name for name, origin in origins.items() if not origin.startswith("striate")]
     code = TIMM.format(imports=imports, before=before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=_root(), check=False)
     assert done.returncode == 0, done.stderr

@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.pack()
         print(_report(before, measure_size(model), operations))
     folder = Path(values["output"])
-    print(f"written: {push(model, f'local-dir:{folder}')}, {(folder / 'model.safetensors').stat().st_size / 1e6:.2f} MB")
+    source = push(model, f"local-dir:{folder}")
+    print(f"written: {source}, {(folder / 'model.safetensors').stat().st_size / 1e6:.2f} MB")
     return 0
 
 

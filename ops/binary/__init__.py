@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from . import cpu, reference, triton
+from . import cpu, estimators, reference, triton
 
 ESTIMATORS = ("clip", "polynomial")
 _PATHS: dict[str, Any] = {"reference": reference, "cpu": cpu, "triton": triton}
@@ -28,7 +28,7 @@ def binary_sign(x: Tensor, estimator: str = "clip") -> Tensor:
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator={estimator!r} is unknown; use one of {', '.join(ESTIMATORS)}")
-    return reference.Sign.apply(x, estimator)
+    return estimators.Sign.apply(x, estimator)
 
 
 def softmax_aware(scores: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def softmax_aware(scores: Tensor) -> Tensor:
     Returns:
         Zeros and ones like the softmax of `scores` over the keys, whose gradient they have.
     """
-    return reference.softmax_aware(scores)
+    return estimators.softmax_aware(scores)
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -100,9 +100,9 @@ def binary_linear(
     """
     _check_linear(x, words, scale=scale, bias=bias)
     path = _backend.choose("binary_linear", x, lambda: triton.obstacle(x))
-    if torch.is_grad_enabled() and x.requires_grad:
-        x = reference.Forward.apply(x)
-    return _PATHS[path].binary_linear(x, words, scale, bias, binary_input)
+    with torch.no_grad():
+        y = _PATHS[path].binary_linear(x, words, scale, bias, binary_input)
+    return _without_gradient(y, x)
 
 
 def binary_projection(
@@ -138,13 +138,19 @@ def binary_projection(
         )
     if shift is not None and shift.shape != x.shape[-1:]:
         raise ValueError(f"shift {tuple(shift.shape)} must be ({x.shape[-1]},), like the channels of x")
-    path = _backend.choose("binary_projection", x)
-    if torch.is_grad_enabled() and x.requires_grad:
-        x = reference.Forward.apply(x)
-    if path == "cpu" and (y := cpu.binary_projection(x, words, scale, bias, shortcut, slope, offset, shift)) is not None:
-        return y
-    y = binary_linear(x if shift is None else x + shift, words, scale, bias)
-    return reference.activate(y, shortcut, slope, offset)
+    path = _backend.choose("binary_projection", x, lambda: triton.obstacle(x))
+    with torch.no_grad():
+        arguments = x, words, scale, bias, shortcut, slope, offset, shift
+        y = cpu.binary_projection(*arguments) if path == "cpu" else None
+        if y is None:
+            y = binary_linear(x if shift is None else x + shift, words, scale, bias)
+            y = reference.activate(y, shortcut, slope, offset)
+    return _without_gradient(y, x)
+
+
+def _without_gradient(y: Tensor, x: Tensor) -> Tensor:
+    """`y`, with an error in place of its gradient by `x`."""
+    return reference.NoGradient.apply(y, x) if torch.is_grad_enabled() and x.requires_grad else y
 
 
 def _check_linear(x: Tensor, words: Tensor, **vectors: Tensor | None) -> None:

@@ -36,11 +36,16 @@ def packed_matmul(a: Tensor, b: Tensor, length: int) -> Tensor:
 def binary_linear(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, binary_input: bool) -> Tensor:
     """See `striate.ops.binary_linear`."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows, scale, bias = x.flatten(0, -2).to(wide), scale.to(wide), None if bias is None else bias.to(wide)
-    with torch.no_grad(), _backend.no_autocast(x):
+    rows, scale, bias = _rows(x).to(wide), scale.to(wide), None if bias is None else bias.to(wide)
+    with _backend.no_autocast(x):
         multiply = _signs_product if binary_input else _real_product
         y = multiply(rows, words, scale, bias) if len(rows) else rows.new_empty(0, len(words))
-    return y.to(x.dtype).unflatten(0, x.shape[:-1]) if x.ndim != 2 else y.to(x.dtype)
+    return y.to(x.dtype).view(*x.shape[:-1], len(words))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`(..., C)` -> `(M, C)`."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def binary_projection(
@@ -58,9 +63,8 @@ def binary_projection(
     if popcount is None or x.dtype not in (torch.float32, torch.float64):
         return None
     columns = _derived(words, "columns", lambda: popcount.columns(words))
-    rows, shortcut = x.flatten(0, -2), shortcut.to(x.dtype).flatten(0, -2)
-    y = popcount.projection(rows, columns, scale, bias, shortcut, slope, offset, shift)
-    return y.unflatten(0, x.shape[:-1])
+    y = popcount.projection(_rows(x), columns, scale, bias, _rows(shortcut.to(x.dtype)), slope, offset, shift)
+    return y.view(*x.shape[:-1], len(words))
 
 
 def _real_product(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The definition of the binary operators: signs and their estimators, and products of packed signs."""
+"""The definition of the products of packed signs."""
 
 from __future__ import annotations
 
@@ -8,36 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._backend import no_autocast
+
 WORD = 64  # signs in one
-
-
-class Sign(torch.autograd.Function):
-    """Sign, 0 at 0, with a gradient from an estimator; see `striate.ops.binary_sign`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, estimator: str) -> Tensor:
-        return torch.sign(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
-        x, ctx.estimator = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        if ctx.estimator == "polynomial":
-            return grad * (2 - 2 * x.abs()).clamp_min(0), None
-        return grad * (x.abs() < 1), None
-
-
-def softmax_aware(scores: Tensor) -> Tensor:
-    """See `striate.ops.softmax_aware`."""
-    prob = scores.softmax(-1)
-    hit = (prob >= 0.25 * prob.amax(-1, keepdim=True)).to(prob.dtype)
-    return hit.detach() + (prob - prob.detach())
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -62,7 +35,8 @@ def binary_linear(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, 
     """See `striate.ops.binary_linear`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.sign(x).to(wide) if binary_input else x.to(wide)
-    y = F.linear(y, unpack_signs(words, x.shape[-1], wide))
+    with no_autocast(x):
+        y = F.linear(y, unpack_signs(words, x.shape[-1], wide))
     return affine(y, scale.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
 
 
@@ -78,13 +52,13 @@ def activate(y: Tensor, shortcut: Tensor, slope: Tensor, offset: Tensor) -> Tens
     return torch.where(y > 0, y, y * slope).add_(offset)
 
 
-class Forward(torch.autograd.Function):
-    """Identity for layers that have no gradient."""
+class NoGradient(torch.autograd.Function):
+    """`y`, which came from `x` by a layer that has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
+        return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         raise RuntimeError("binary_linear has no gradient: packed layers are for inference; train the unpacked model")
