@@ -264,7 +264,7 @@ def bivit_swin_tiny(**kwargs: Any) -> nn.Module:
     return build(BiViTSwin, dict(dense=kwargs.get("features_only", False)), kwargs)
 
 
-@register(BIVIT, params=1.0, gmacs=0.02, size=32, crop_pct=1.0)
+@register(BIVIT, params=1.1, gmacs=0.02, size=32, crop_pct=1.0)
 def bivit_nano(**kwargs: Any) -> nn.Module:
     """Our own size for small images: two stages of a Swin Transformer."""
     arch = dict(dim=64, depths=(2, 4), num_heads=(2, 4), window=4, img_size=32)

@@ -47,7 +47,13 @@ PLAIN = [
     or name in TOKENS
 ]  # one stage, one level
 # the larger ones differ in width and depth, as do the sizes of a spiking family
-WIDER = ("bivit_deit_tiny", "bivit_deit_small", "ecoformer_pvt_v2_b1", "ecoformer_pvt_v2_b2")
+WIDER = (
+    "binaryvit_small_full_precision_downsample",
+    "bivit_deit_small",
+    "bivit_swin_tiny",
+    "ecoformer_pvt_v2_b1",
+    "ecoformer_pvt_v2_b2",
+)
 LIGHT = [
     name
     for name in NAMES
@@ -86,6 +92,8 @@ def make(name: str, depth: int | tuple[int, ...] = 2, **kwargs: Any) -> nn.Modul
         kwargs = NARROW.get(FAMILY[name], NARROW_STAGE) | kwargs
     if name in SPIKES and depth == SHALLOW:
         depths, kwargs = (1, 1, 1, 1), {"timesteps": 2} | kwargs
+    if name == "bivit_nano":  # of two stages
+        kwargs = {"num_heads": (2, 2, 4, 4)} | kwargs
     if name in PLAIN:
         depths = depths[:1]
     return shaken(striate.create_model(name, depths=depths, **kwargs))

@@ -28,6 +28,7 @@ SHORTER = {
     "train --config biformer/nano_fashion": "--data.name npz --data.root tiny.npz",
     "train --config spikformer/nano_fashion": "--data.name npz --data.root tiny.npz",
     "train --config mst/nano_fashion": "--data.name npz --data.root tiny.npz",
+    "train --config bivit": "--data.name npz --data.root tiny.npz",
     "validate runs/masked": "--data.workers 0",
     "profile": "--images 2 --data.workers 0",
     "train --model.name swin_tiny": "--data.image_size 64 --data.batch_size 2",

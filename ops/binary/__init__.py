@@ -5,6 +5,7 @@ A packed sign is one bit of a 64-bit word, 1 for +1 and 0 for -1; the last word 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,9 +101,9 @@ def binary_linear(
     """
     _check_linear(x, words, scale=scale, bias=bias)
     path = _backend.choose("binary_linear", x, lambda: triton.obstacle(x))
-    with torch.no_grad():
-        y = _PATHS[path].binary_linear(x, words, scale, bias, binary_input)
-    return _without_gradient(y, x)
+    if path == "triton":  # whose operator refuses the gradient itself
+        return triton.binary_linear(x, words, scale, bias, binary_input)
+    return _refuse_gradient(lambda x: _PATHS[path].binary_linear(x, words, scale, bias, binary_input), x)
 
 
 def binary_projection(
@@ -139,18 +140,23 @@ def binary_projection(
     if shift is not None and shift.shape != x.shape[-1:]:
         raise ValueError(f"shift {tuple(shift.shape)} must be ({x.shape[-1]},), like the channels of x")
     path = _backend.choose("binary_projection", x, lambda: triton.obstacle(x))
-    with torch.no_grad():
-        arguments = x, words, scale, bias, shortcut, slope, offset, shift
-        y = cpu.binary_projection(*arguments) if path == "cpu" else None
-        if y is None:
-            y = binary_linear(x if shift is None else x + shift, words, scale, bias)
-            y = reference.activate(y, shortcut, slope, offset)
-    return _without_gradient(y, x)
+
+    def compute(x: Tensor) -> Tensor:
+        if path == "cpu":
+            y = cpu.binary_projection(x, words, scale, bias, shortcut, slope, offset, shift)
+            if y is not None:
+                return y
+        y = binary_linear(x if shift is None else x + shift, words, scale, bias)
+        return reference.activate(y, shortcut, slope, offset)
+
+    return _refuse_gradient(compute, x)
 
 
-def _without_gradient(y: Tensor, x: Tensor) -> Tensor:
-    """`y`, with an error in place of its gradient by `x`."""
-    return reference.NoGradient.apply(y, x) if torch.is_grad_enabled() and x.requires_grad else y
+def _refuse_gradient(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`compute(x)`, with an error in place of its gradient."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return compute(x)
+    return reference.NoGradient.apply(compute(x.detach()), x)
 
 
 def _check_linear(x: Tensor, words: Tensor, **vectors: Tensor | None) -> None:
