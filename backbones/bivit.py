@@ -240,7 +240,7 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {rename(key, _CONVERT): value for key, value in state.items()}
 
 
-@register(BIVIT, params=5.7, gmacs=1.3)
+@register(BIVIT, params=5.7, gmacs=1.25)
 def bivit_deit_tiny(**kwargs: Any) -> nn.Module:
     """DeiT-T."""
     return build(BiViT, dict(), kwargs)
