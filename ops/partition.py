@@ -243,7 +243,7 @@ class GroupOrder:
 def _even_parts(start: int, count: int, most: int) -> list[slice]:
     """`count` numbers from `start` on in as few parts of at most `most` as it takes, all nearly as long."""
     parts = -(-count // most)
-    bounds = [start + count * part // parts for part in range(parts + 1)]
+    bounds = [start + count * part // max(1, parts) for part in range(parts + 1)]
     return [slice(first, last) for first, last in itertools.pairwise(bounds)]
 
 

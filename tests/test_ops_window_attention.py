@@ -194,6 +194,18 @@ def test_a_nan_stays_in_its_window(channel, path) -> None:
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
+def test_an_empty_batch(shift, path) -> None:
+    tensors = inputs((7, 9), (3, 4))
+    tensors[0] = tensors[0][:0]
+    out, *grads = run(op((3, 4), shift), tensors)
+    assert out.shape == (0, 7, 9, HEADS * DIM)
+    assert [grad.shape for grad in grads] == [t.shape for t in tensors]
+    assert not any(grad.any() for grad in grads)
+    with torch.no_grad():
+        assert op((3, 4), shift)(*tensors).shape == out.shape
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
 def test_inference_computes_what_training_does(shift) -> None:
     tensors = [t.requires_grad_() for t in inputs((7, 9), (3, 4))]
     call = op((3, 4), shift)

@@ -228,7 +228,7 @@ def _attend(
         write_chunk(result[None], chunk, out, room[1])
         if top is not None:
             total.log2_().add_(top)
-    out = out.view(*qkv.shape[:3], -1)
+    out = out.view(*qkv.shape[:3], call.heads * dim)
     if bounded or not sums.numel():
         return out, sums
     least, largest = sums.aminmax()
