@@ -21,7 +21,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import _backend
 from .reference import affine, unpack_signs
 
-CHUNK_BYTES = 1 << 20  # of an output that is scaled while it is in cache
 _kept: MutableMapping[Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
 
 
@@ -77,13 +76,8 @@ def _signs_product(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None)
     if not _has_int8():
         return _real_product(torch.sign(x), words, scale, bias)
     weight = _derived(words, ("int8", x.shape[-1]), lambda: _Int8Weight(words, x.shape[-1]))
-    out = x.new_empty(len(x), len(words))
-    step = max(1, CHUNK_BYTES // (len(words) * out.element_size()))
-    for some, result in zip(x.split(step), out.split(step), strict=True):
-        torch.mul(weight.products(torch.sign(some).to(torch.int8)), scale, out=result)
-        if bias is not None:
-            result.add_(bias)
-    return out
+    products = weight.products(torch.sign(x).to(torch.int8)).to(x.dtype).mul_(scale)
+    return products if bias is None else products.add_(bias)
 
 
 class _Int8Weight:
