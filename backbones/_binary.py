@@ -61,10 +61,13 @@ class BinaryLinear(nn.Linear):
             nn.init.uniform_(self.weight, -0.015, 0.015)
             self.scaling_factor = nn.Parameter(self.weight.detach().abs().mean(1, keepdim=True))
 
+    def weight_scale(self) -> Tensor:
+        """Scale of the signs `(out,)`."""
+        return self.weight.detach().abs().mean(1) if self.scaling_factor is None else self.scaling_factor[:, 0]
+
     def binary_weight(self) -> tuple[Tensor, Tensor]:
         """Signs `(out, in)` and their scale `(out,)`."""
-        weight = self.weight
-        scale = weight.detach().abs().mean(1) if self.scaling_factor is None else self.scaling_factor[:, 0]
+        weight, scale = self.weight, self.weight_scale()
         if self.centred:
             weight = weight - weight.mean(1, keepdim=True)
         return (_DirectSign.apply(weight, scale.detach()) if self.direct else binary_sign(weight)), scale
@@ -97,7 +100,7 @@ class BinaryLinear(nn.Linear):
 
     def packed(self, name: str) -> PackedLinear:
         """The same layer of packed weights; see `words` for `name` and errors."""
-        return PackedLinear(self.words(name), self.binary_weight()[1], self.bias, self.in_features, self.binary_input)
+        return PackedLinear(self.words(name), self.weight_scale(), self.bias, self.in_features, self.binary_input)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, binary_input={self.binary_input}"

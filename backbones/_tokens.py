@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,13 @@ def positions(table: Tensor, native: Size, size: Size, num_prefix: int = 0) -> T
     prefix, table = table[:, :num_prefix], table[:, num_prefix:].unflatten(1, native).permute(0, 3, 1, 2)
     table = F.interpolate(table, size, mode="bicubic", antialias=True)
     return torch.cat((prefix, table.flatten(2).transpose(1, 2)), 1)
+
+
+def adapt_positions(key: str, table: Tensor, size: Size, num_prefix: int = 0) -> Tensor:
+    """Resample the positions `key` of a checkpoint, which are those of a square map, for a map of `size`."""
+    old = math.isqrt(table.shape[1] - num_prefix)
+    logger.warning("resampled %s from %dx%d to %dx%d", key, old, old, *size)
+    return positions(table, (old, old), size, num_prefix)
 
 
 class TokenEmbed(nn.Module):
@@ -99,6 +107,4 @@ class TokenBackbone(Backbone):
         """Resample the positions of another (square) image size."""
         if not key.endswith("pos_embed"):
             return value
-        old = round((value.shape[1] - 1) ** 0.5)
-        logger.warning("resampled %s from %dx%d to %dx%d", key, old, old, *self.patch_embed.size)
-        return positions(value, (old, old), self.patch_embed.size, num_prefix=1)
+        return adapt_positions(key, value, self.patch_embed.size, num_prefix=1)

@@ -20,10 +20,10 @@ from ..ops import binary_projection, binary_sign
 from ..ops.partition import Size, pad_map, to_size
 from ._base import Stage
 from ._binary import BinaryBackbone, BinaryLinear
-from ._checkpoint import CheckpointError, logger, rename
+from ._checkpoint import CheckpointError, rename
 from ._layers import BatchNorm, affine, channels_last_conv, image_to_map
 from ._registry import Family, build, register
-from ._tokens import TokenBackbone, TokenEmbed, positions
+from ._tokens import TokenBackbone, TokenEmbed, adapt_positions, positions
 
 BINARYVIT = Family(
     "binaryvit",
@@ -90,21 +90,22 @@ class BinaryProjection(nn.Module):
             repeats = self.linear.out_features // shortcut.shape[-1]
             shortcut = torch.cat([shortcut] * repeats, -1) if repeats > 1 else shortcut
             return self.rprelu(self.norm(self.linear(x)) + shortcut)
-        scale, bias = self._folded()
-        y = F.linear(binary_sign(x), self.linear.binary_weight()[0]) * scale + bias
+        signs, scale = self.linear.binary_weight()
+        scale, bias = self._folded(scale)
+        y = F.linear(binary_sign(x), signs) * scale + bias
         y = y + torch.cat([shortcut] * (y.shape[-1] // shortcut.shape[-1]), -1)
         return torch.where(y > 0, y, y * self.rprelu.weight) + self.rprelu.move2
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """Scale and bias `(out_dim,)` of the layer, its norm and the first shift of the activation."""
+    def _folded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and bias `(out_dim,)` of weights with `scale`, the norm and the first shift of the activation."""
         factor, offset = affine(self.norm)
-        return self.linear.binary_weight()[1] * factor, offset - self.rprelu.move1
+        return scale * factor, offset - self.rprelu.move1
 
     @torch.no_grad()
     def packed(self, name: str) -> PackedProjection:
         """The same of packed weights; see `BinaryLinear.words` for `name` and errors."""
-        act = self.rprelu
-        return PackedProjection(self.linear.words(f"{name}.linear"), *self._folded(), act.weight, act.move2, self.move)
+        words, folded = self.linear.words(f"{name}.linear"), self._folded(self.linear.weight_scale())
+        return PackedProjection(words, *folded, self.rprelu.weight, self.rprelu.move2, self.move)
 
 
 class PackedProjection(nn.Module):
@@ -337,10 +338,8 @@ class BinaryViT(BinaryBackbone):
         """Resample the positions of another (square) image size."""
         if not key.endswith("pos_embed"):
             return value
-        old = round(value.shape[1] ** 0.5)
         size: Size = self.get_submodule(key.rpartition(".")[0]).size  # type: ignore[assignment]
-        logger.warning("resampled %s from %dx%d to %dx%d", key, old, old, *size)
-        return positions(value, (old, old), size)
+        return adapt_positions(key, value, size)
 
     @staticmethod
     def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..ops._backend import no_autocast
@@ -24,7 +24,7 @@ from ..ops.binary import binary_sign
 from ..ops.partition import pad_map
 from ._base import Backbone, Stage
 from ._checkpoint import rename
-from ._layers import Mlp, channels_last_conv, gelu, image_to_map
+from ._layers import Mlp, channels_last_conv, gelu, image_to_map, init_linear
 from ._registry import Family, build, register
 from .davit import ConvPosEnc
 
@@ -345,13 +345,12 @@ class EcoFormer(Backbone):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.Conv2d):
+        init_linear(module)
+        if isinstance(module, nn.Conv2d):
             area = module.kernel_size[0] * module.kernel_size[1]
             nn.init.normal_(module.weight, std=math.sqrt(2 * module.groups / (area * module.out_channels)))
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def embed(self, x: Tensor) -> Tensor:
         """See `Backbone.embed`; a model in training mode learns its hash functions first if it has not."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _backend
+from . import reference
 from .reference import affine, unpack_signs
 
 _kept: MutableMapping[Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
@@ -28,8 +29,7 @@ def packed_matmul(a: Tensor, b: Tensor, length: int) -> Tensor:
     """See `striate.ops.packed_matmul`."""
     if popcount := _popcount():
         return popcount.matmul(a, popcount.columns(b), length)
-    signs = (unpack_signs(words, length, torch.float32) for words in (a, b))
-    return F.linear(*signs).to(torch.int32)
+    return reference.packed_matmul(a, b, length)
 
 
 def binary_linear(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, binary_input: bool) -> Tensor:

@@ -28,7 +28,7 @@ def unpack_signs(words: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 def packed_matmul(a: Tensor, b: Tensor, length: int) -> Tensor:
     """See `striate.ops.packed_matmul`."""
     signs = (unpack_signs(words, length, torch.float32) for words in (a, b))  # sums of up to 2^24 ones are exact
-    return torch.matmul(*(s if i == 0 else s.mT for i, s in enumerate(signs))).to(torch.int32)
+    return F.linear(*signs).to(torch.int32)
 
 
 def binary_linear(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, binary_input: bool) -> Tensor:

@@ -162,9 +162,7 @@ def _(a: Tensor, b: Tensor, length: int) -> Tensor:
 def _(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, binary_input: bool) -> Tensor:
     if _triton.interpreting():
         return launch_binary_linear(x, words, scale, bias, binary_input)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    vectors = scale.to(wide), None if bias is None else bias.to(wide)
-    return reference.binary_linear(x.to(wide), words, *vectors, binary_input).to(x.dtype).contiguous()
+    return reference.binary_linear(x, words, scale, bias, binary_input).contiguous()
 
 
 def _no_derivative(ctx: Any, *grads: Tensor) -> None:
