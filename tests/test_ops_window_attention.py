@@ -438,6 +438,29 @@ def test_training_after_inference_mode() -> None:
     assert relative(run(call, tensors)[0], want) < EXACT
 
 
+@torch.no_grad()
+def test_a_parameter_may_change_between_calls() -> None:
+    """The CPU path keeps the scores that a bias table has made: never for other numbers, masks, windows or dtypes."""
+    torch.manual_seed(0)
+    qkv, table, _, _ = inputs((6, 6), (2, 3))
+    bias = torch.nn.Parameter(table)
+
+    def check(window: tuple[int, int], shift: tuple[int, int], x: Tensor = qkv, limit: float = EXACT) -> None:
+        y = cpu.window_attention(x, bias, HEADS, window, shift, (1, 1), False, 0.5, False, None)
+        expected = reference.window_attention(
+            x, bias.to(x.dtype), HEADS, window, shift, (1, 1), False, 0.5, False, None
+        )
+        assert relative(y, expected) < limit
+
+    for window, shift in [((2, 3), (0, 0)), ((3, 2), (0, 0)), ((2, 3), (0, 1)), ((2, 3), (1, 0)), ((2, 3), (0, 0))]:
+        check(window, shift)
+    bias.data.mul_(2)
+    check((2, 3), (0, 0))
+    bias.add_(1 + torch.rand_like(bias))
+    check((2, 3), (0, 0), qkv.float(), 1e-5)
+    check((2, 3), (0, 0))
+
+
 @pytest.mark.parametrize("shift", [0, 6])
 @pytest.mark.parametrize("learned", [True, False], ids=["bias", "no-bias"])
 def test_training_keeps_nothing_of_the_size_of_the_scores(shift, learned) -> None:

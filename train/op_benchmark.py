@@ -86,7 +86,7 @@ def window_cases(batch: int, make: Callable[..., Tensor]) -> Iterator[Case]:
     """The blocks of Swin-T at 224 pixels and a grid of MaxViT-T."""
     blocks = [(side, heads, shift, False) for side, heads in ((56, 3), (28, 6), (14, 12)) for shift in (0, 3)]
     for side, heads, shift, grid in (*blocks, (7, 24, 0, False), (56, 2, 0, True)):
-        inputs = make(batch, side, side, 3 * 32 * heads), make(13 * 13, heads)
+        inputs = make(batch, side, side, 3 * 32 * heads), torch.nn.Parameter(make(13 * 13, heads).detach())
         plain = functools.partial(PlainWindows, side, heads, shift, grid, inputs[0].device)
         rivals: dict[str, Call] = {PLAIN: plain(fused=False), SDPA: plain(fused=True)}
         if not grid:

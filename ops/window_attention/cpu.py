@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..partition import Chunk, GroupOrder, Size, group_order, read_chunk, write_chunk
 from ..position import relative_index
@@ -44,7 +45,7 @@ def window_attention(
     call = _Call(order, num_heads, window, factor, cosine, most)
     if torch.is_grad_enabled():
         return _Attention.apply(qkv, bias, pad, factors, call)
-    return _attend(qkv, _added_scores(bias, call, _wide(qkv)), pad, factors, call)[0]
+    return _attend(qkv, _kept_scores(bias, call, _wide(qkv)), pad, factors, call)[0]
 
 
 class _Call(NamedTuple):
@@ -118,6 +119,24 @@ def _added_scores(bias: Tensor | None, call: _Call, dtype: torch.dtype) -> Tenso
         of_heads = (bias.t().to(dtype) * LOG2E).index_select(1, _pairs(call.window)).view(-1, n, n)
         full = of_heads if full is None else of_heads + full
     return None if full is None else full.expand(len(call.order.counts), call.heads, n, n)
+
+
+_scores_of = WeakTensorKeyDictionary()  # parameter -> what its scores were made of, and they
+
+
+def _kept_scores(bias: Tensor | None, call: _Call, dtype: torch.dtype) -> Tensor | None:
+    """`_added_scores`, made again for a parameter only when it or the call has changed.
+
+    Its numbers are compared: `.data` changes them without a new version.
+    """
+    if not isinstance(bias, torch.nn.Parameter):
+        return _added_scores(bias, call, dtype)
+    mask, made_of = call.order.mask, (call.window, len(call.order.counts), dtype)
+    old_mask, old_made_of, numbers, scores = _scores_of.get(bias, (None, None, None, None))
+    if made_of != old_made_of or mask is not old_mask or not torch.equal(numbers, bias):
+        scores = _added_scores(bias, call, dtype)
+        _scores_of[bias] = mask, made_of, bias.detach().clone(), scores
+    return scores
 
 
 @functools.lru_cache(maxsize=32)
