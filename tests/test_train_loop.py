@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from striate.train.config import load_config
+from striate.train.data import train_loader
 from striate.train.evaluate import validate
 from striate.train.log import read_log
-from striate.train.loop import NonFiniteLossError, Trainer, train
+from striate.train.loop import Trainer, train
 from striate.train.model import load_trained, read_metadata
 from striate.train.optim import build_mixup, build_optimizer, build_scheduler, lr_scale
 from striate.train.state import RunFolder, write_whole
@@ -183,7 +184,7 @@ class TestFolder:
         with pytest.raises(ValueError, match=r"state\.pt cannot be read"):
             folder.load_state()
         torch.save({"format": 99}, folder.state)
-        with pytest.raises(ValueError, match="format 1"):
+        with pytest.raises(ValueError, match="format 2"):
             folder.load_state()
 
     def test_log_reader_leaves_out_a_torn_line(self, tmp_path: Path) -> None:
@@ -233,8 +234,7 @@ class TestSteps:
         changes |= {"schedule__warmup_epochs": 0, "optim__clip_grad": limit, "optim__clip_mode": mode}
         with Trainer(small_config(images, tmp_path / "run", **changes)) as trainer:
             before = [p.detach().clone() for p in trainer.model.parameters()]
-            batch = next(iter(torch.utils.data.DataLoader(trainer.train_images, batch_sampler=trainer._order(0, 1))))
-            trainer._train_step(iter([batch]))
+            trainer._train_step(train_loader(trainer.train_images, trainer._order(0, 1), 0, CPU))
             moved = torch.cat([(p - q).flatten() for p, q in zip(trainer.model.parameters(), before, strict=True)])
         size = moved.norm() if mode == "norm" else moved.abs().max()
         assert size.item() == pytest.approx(limit, rel=1e-2)
@@ -249,16 +249,6 @@ class TestSteps:
             trainer.fit()
         assert sum(mixed[:22]) > 11, "now and then the share of the other image is next to nothing"
         assert not any(mixed[22:])
-
-    @pytest.mark.parametrize(("log_steps", "lr"), [(4, 1e30), (100, 1e30)])
-    def test_a_loss_that_is_not_finite_stops_the_run(
-        self, images: Path, tmp_path: Path, log_steps: int, lr: float
-    ) -> None:
-        config = small_config(images, tmp_path / "run", optim__lr=lr, run__log_steps=log_steps, **PLAIN)
-        with pytest.raises(NonFiniteLossError, match=r"not finite at step \d+ \(epoch 1\); lower optim.lr"):
-            train(config)
-        assert not (tmp_path / "run" / "state.pt").exists()
-        assert not (tmp_path / "run" / "summary.json").exists()
 
     def test_periodic_checkpoints(self, images: Path, tmp_path: Path, monkeypatch: Any) -> None:
         saved = []

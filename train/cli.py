@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -23,11 +24,15 @@ class Command:
 COMMANDS = {
     "train": Command(".cli:train", "train a model, or go on with a run: --config RECIPE --run.output DIR"),
     "validate": Command(".evaluate:main", "evaluate a run folder or a model on a data set"),
+    "predict": Command(".predict:main", "classify images and folders of images"),
+    "visualize": Command(".visualize:main", "draw where a model looks: routing of a BiFormer, else Grad-CAM"),
+    "average": Command(".average:main", "average the weights of several checkpoints of one model"),
+    "report": Command(".report:main", "show a run on one HTML page: curves, configuration, confusion matrix"),
     "list": Command(".cli:list_models", "list the models whose names match a pattern"),
     "info": Command(".cli:info", "show what is known about a model"),
     "benchmark": Command(".benchmark:main", "measure speed and memory of a model"),
     "profile": Command(".profile:main", "estimate the energy of a model, layer by layer, from spikes on real images"),
-    "export": Command(".export:main", "write a model to a folder, its binary layers packed to bits"),
+    "export": Command(".export:main", "write a model for inference: a folder, packed to bits if binary, .pt2 or .onnx"),
     "kernels": Command(".kernels:main", "compile the Triton kernels for a GPU and show what each needs"),
     "demo": Command(".demo:main", "train, publish and look into a small BiFormer on the embedded images"),
 }
@@ -38,7 +43,10 @@ EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `striate ARGV` and return the exit code: 0 done, 2 a wrong request, 75 or 130 stopped and resumable."""
+    """Run `striate ARGV` and return the exit code.
+
+    0 done, 1 failed in the middle, 2 a wrong request, 75 or 130 stopped and resumable.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -69,6 +77,7 @@ def train(argv: Sequence[str]) -> int:
     config = parse_config(argv)
     if not config.run.output:
         raise ValueError("run.output is missing; give the folder of the run, --run.output DIR")
+    from .data import BrokenDataError
     from .loop import NonFiniteLossError, RunStoppedError, Trainer, finished_summary
 
     summary = finished_summary(config)
@@ -76,20 +85,26 @@ def train(argv: Sequence[str]) -> int:
         print(f"{config.run.output} is finished: {_result(summary)}")
         return 0
     with Trainer(config) as trainer:
-        print(_describe(trainer.config.run.output, trainer.step, trainer.total_steps), file=sys.stderr)
+        say = print if trainer.processes.is_first else _say_nothing
+        say(_describe(trainer.config.run.output, trainer.step, trainer.total_steps), file=sys.stderr)
         try:
             summary = trainer.fit()
         except RunStoppedError as stop:
-            print(f"striate train: {stop}; the same command goes on from there", file=sys.stderr)
+            say(f"striate train: {stop}; the same command goes on from there", file=sys.stderr)
             return 128 + signal.SIGINT if stop.signal_number == signal.SIGINT else EXIT_RESUMABLE
-        except NonFiniteLossError as error:
-            print(f"striate train: {error}", file=sys.stderr)
+        except (NonFiniteLossError, BrokenDataError, OSError) as error:
+            rank = f", process {trainer.processes.rank}" if trainer.processes.size > 1 else ""
+            print(f"striate train: stopped after step {trainer.step}{rank}: {error}", file=sys.stderr)
             return EXIT_FAILED
-        except (ValueError, OSError) as error:
-            # `main` takes these two for a wrong request; here they are an accident in the middle of the work.
+        except ValueError as error:
+            # `main` takes it for a wrong request; here it is an accident in the middle of the work.
             raise RuntimeError(f"training failed after step {trainer.step}") from error
-    print(f"{config.run.output}: {_result(summary)}, {summary['seconds']:.0f} s")
+        say(f"{config.run.output}: {_result(summary)}, {summary['seconds']:.0f} s")
     return 0
+
+
+def _say_nothing(*_: object, **__: object) -> None:
+    """What processes other than the first have to say."""
 
 
 def list_models(argv: Sequence[str]) -> int:
@@ -97,13 +112,14 @@ def list_models(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="striate list", description="List our models by name.")
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. '*former*'")
     parser.add_argument("--family", help="only models of this family")
+    parser.add_argument("--json", action="store_true", help="print one JSON document: a list of names")
     args = parser.parse_args(argv)
     from ..backbones import list_models
 
     names = list_models(args.pattern, family=args.family)
     if not names:
         raise ValueError(f"no model matches {args.pattern!r}; try a pattern with *, or none for all")
-    print("\n".join(names))
+    print(json.dumps(names) if args.json else "\n".join(names))
     return 0
 
 
@@ -111,10 +127,14 @@ def info(argv: Sequence[str]) -> int:
     """`striate info`: print what is known about one of our models."""
     parser = argparse.ArgumentParser(prog="striate info", description="Show what is known about one of our models.")
     parser.add_argument("name", help="a name from `striate list`")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args(argv)
     from ..backbones import model_info
 
     known = model_info(args.name)
+    if args.json:
+        print(json.dumps({key: value for key, value in asdict(known).items() if key != "entry"}))
+        return 0
     channels, height, width = known.input_size
     print(f"{known.name} ({known.family.title})")
     print(f"  input       {channels} x {height} x {width}, crop {known.crop_pct}")

@@ -47,6 +47,11 @@ class ModelConfig:
     checkpoint_path: str | None = _key(None, "start from this checkpoint file")
     num_classes: int | None = _key(None, "outputs of the head; null = as many as the data set has classes")
     in_chans: int = _key(3, "image channels: 3 (RGB) or 1 (grey)")
+    grad_checkpointing: bool = _key(False, "recompute activations in the backward pass: less memory, more time")
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={"help": "parameters not to train: names, prefixes of names (stages.0) or shell patterns (*.norm*)"},
+    )
     drop_rate: float = _key(0.0, "dropout before the head, in [0, 1)")
     drop_path_rate: float = _key(0.0, "stochastic depth of the last block, in [0, 1); earlier blocks less, linearly")
     options: dict[str, Any] = field(
@@ -68,6 +73,9 @@ class DataConfig:
     image_size: int | tuple[int, int] | None = _key(None, "side, or [height, width], in pixels; null = the model's own")
     batch_size: int = _key(128, "images per forward pass and process")
     workers: int = _key(2, "loader processes; 0 = load in the training process. Does not change the result")
+    broken_limit: float = _key(
+        0.001, "part of the training images that may be unreadable, in [0, 1]: they are logged and replaced by others"
+    )
     preprocess: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "mean, std, interpolation, crop_pct, crop_mode instead of the model's own"},
@@ -105,6 +113,9 @@ class AugmentConfig:
 class LossConfig:
     """What is minimised, beyond the cross entropy with the labels that `augment` makes."""
 
+    name: Literal["cross_entropy", "binary_cross_entropy"] = _key(
+        "cross_entropy", "over the classes, or of each class for itself (arXiv 2110.00476)"
+    )
     tet: float | None = _key(
         None,
         "temporal efficient training of a spiking model: each time step learns the labels, and this much of the loss, "
@@ -156,6 +167,10 @@ class ScheduleConfig:
     warmup_epochs: float = _key(0.0, "epochs of linear warm-up, part of epochs")
     warmup_lr: float = _key(1e-6, "learning rate at the first step of the warm-up")
     min_lr: float = _key(0.0, "learning rate at the end")
+    image_sizes: dict[int, int] = field(
+        default_factory=dict,
+        metadata={"help": "side of the training images from an epoch on, e.g. {0: 160, 30: 192}; before: image_size"},
+    )
     options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "further arguments of timm's create_scheduler_v2: decay_rate, decay_epochs, …"},
@@ -169,7 +184,16 @@ class RunConfig:
     output: str | None = _key(None, "folder of the run (required); the same command on it resumes it")
     seed: int = _key(0, "order, augmentation, initialisation and dropout are functions of it")
     device: str = _key("auto", "cpu, cuda, cuda:1, …; auto = cuda where there is one")
-    precision: Literal["float32", "bfloat16"] = _key("float32", "bfloat16 = autocast, weights stay float32")
+    precision: Literal["float32", "bfloat16", "float16"] = _key(
+        "float32", "bfloat16, float16 = autocast, weights stay float32; float16 scales the loss"
+    )
+    parallel: Literal["ddp", "fsdp"] = _key(
+        "ddp", "how the processes of torchrun share the work: whole copies, or parameters and optimizer in shards"
+    )
+    sync_batchnorm: bool = _key(False, "batch norms take the statistics of all processes (CUDA only)")
+    compile: str | None = _key(None, "backend for torch.compile, e.g. inductor; null = do not compile")
+    channels_last: bool = _key(False, "store images and convolution weights channels last")
+    max_skipped: int = _key(10, "steps in a row whose loss or gradient may be infinite or NaN: they change no weight")
     checkpoint_steps: int = _key(0, "save the training state every so many steps; 0 = after evaluations only")
     log_steps: int = _key(10, "write a line to log.jsonl every so many steps")
     eval_epochs: int = _key(1, "evaluate every so many epochs, and after the last one")
@@ -255,14 +279,17 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
 
 def train_parser() -> ConfigParser:
-    """The parser of `striate train`: `--config` and every key of the seven groups."""
+    """The parser of `striate train`: `--config`, `--recipe` and every key of the seven groups."""
     parser = ConfigParser(
         prog="striate train",
-        usage="striate train --config RECIPE --run.output DIR [--GROUP.KEY VALUE …]",
+        usage="striate train (--recipe NAME | --config FILE) --run.output DIR [--GROUP.KEY VALUE …]",
         description="Train a model. The same command on an existing run folder resumes it.",
     )
     parser.add_argument(
         "--config", action="config", help="YAML file, or the name of a packaged recipe such as biformer/nano_fashion"
+    )
+    parser.add_argument(
+        "--recipe", type=str, help="the same for packaged recipes only: biformer/small_in1k or biformer_small_in1k"
     )
     for group in GROUPS:
         parser.add_keys(group)
@@ -302,19 +329,41 @@ def recipe_path(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    root = Path(str(importlib.resources.files(f"{__package__.rpartition('.')[0]}.configs")))
-    packaged = root / f"{str(name).removesuffix('.yaml').removeprefix('configs/')}.yaml"
+    packaged = _recipe_root() / f"{str(name).removesuffix('.yaml').removeprefix('configs/')}.yaml"
     if packaged.is_file():
         return packaged
+    raise ValueError(f"no configuration file {name}, and no packaged recipe of that name; there is {_close(str(name))}")
+
+
+def packaged_recipe(name: str) -> Path:
+    """The file behind `--recipe name`: a packaged recipe as family/recipe, or as family_recipe.
+
+    Raises:
+        ValueError: no packaged recipe has this name, or more than one; the message lists those that come close.
+    """
     known = recipe_names()
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
-    raise ValueError(f"no configuration file {name}, and no packaged recipe of that name; there is {', '.join(close)}")
+    found = [recipe for recipe in known if name in (recipe, recipe.replace("/", "_"))]
+    if len(found) == 1:
+        return _recipe_root() / f"{found[0]}.yaml"
+    if found:
+        raise ValueError(f"--recipe {name} stands for {' and '.join(found)}; write the one you mean with its /")
+    fix = "give a file with --config" if Path(name).is_file() else f"there is {_close(name)}"
+    raise ValueError(f"no packaged recipe is called {name}; {fix}")
 
 
 def recipe_names() -> list[str]:
     """Names of the packaged recipes, e.g. "biformer/nano_fashion"."""
-    root = Path(str(importlib.resources.files(f"{__package__.rpartition('.')[0]}.configs")))
+    root = _recipe_root()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def _recipe_root() -> Path:
+    return Path(str(importlib.resources.files(f"{__package__.rpartition('.')[0]}.configs")))
+
+
+def _close(name: str) -> str:
+    known = recipe_names()
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known)
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -355,6 +404,7 @@ def check_config(config: TrainConfig) -> None:
         ("data.batch_size", data.batch_size, data.batch_size >= 1, ">= 1"),
         ("data.batch_size", data.batch_size, not (mixes and data.batch_size % 2), "even with mixup or CutMix"),
         ("data.workers", data.workers, data.workers >= 0, ">= 0"),
+        ("data.broken_limit", data.broken_limit, 0 <= data.broken_limit <= 1, "in [0, 1]"),
         ("augment.scale", augment.scale, 0 < augment.scale[0] <= augment.scale[1] <= 1, "0 < smallest <= largest <= 1"),
         ("augment.hflip", augment.hflip, 0 <= augment.hflip <= 1, "in [0, 1]"),
         ("augment.color_jitter", augment.color_jitter, augment.color_jitter >= 0, ">= 0"),
@@ -390,8 +440,15 @@ def check_config(config: TrainConfig) -> None:
         ),
         ("schedule.warmup_lr", schedule.warmup_lr, schedule.warmup_lr >= 0, ">= 0"),
         ("schedule.min_lr", schedule.min_lr, 0 <= schedule.min_lr <= optim.lr, f"in [0, optim.lr = {optim.lr}]"),
+        (
+            "schedule.image_sizes",
+            schedule.image_sizes,
+            all(epoch >= 0 and side >= 1 for epoch, side in schedule.image_sizes.items()),
+            "epochs >= 0 mapped to sides >= 1",
+        ),
         ("run.seed", run.seed, 0 <= run.seed < 2**63, "in [0, 2**63)"),
         ("run.checkpoint_steps", run.checkpoint_steps, run.checkpoint_steps >= 0, ">= 0"),
+        ("run.max_skipped", run.max_skipped, run.max_skipped >= 0, ">= 0"),
         ("run.log_steps", run.log_steps, run.log_steps >= 1, ">= 1"),
         ("run.eval_epochs", run.eval_epochs, run.eval_epochs >= 1, ">= 1"),
     ]
@@ -421,15 +478,20 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def _resolve_config_options(argv: Sequence[str]) -> list[str]:
-    """Replace the names after `--config` by files, once they are seen to be in order."""
-    resolved = list(argv)
-    for position, word in enumerate(argv):
-        is_pair = word == "--config" and position + 1 < len(argv)
-        if not is_pair and not word.startswith("--config="):
+    """Replace the names after `--config` and `--recipe` by `--config=FILE`, once they are seen to be in order."""
+    finders = {"--config": recipe_path, "--recipe": packaged_recipe}
+    resolved, words = [], iter(argv)
+    for word in words:
+        option, has_value, name = word.partition("=")
+        if option not in finders:
+            resolved.append(word)
             continue
-        path = recipe_path(argv[position + 1] if is_pair else word.removeprefix("--config="))
+        value = name if has_value else next(words, None)
+        if value is None:
+            raise ValueError(f"{option} needs a name; there is {', '.join(recipe_names())}")
+        path = finders[option](value)
         read_config_file(path)
-        resolved[position + 1 if is_pair else position] = str(path) if is_pair else f"--config={path}"
+        resolved.append(f"--config={path}")
     return resolved
 
 

@@ -2,26 +2,29 @@
 
 The embedded set, `.npz` files and MNIST-like idx folders are read here; everything else through timm.data
 (image folders, tar files, `torch/…`, `hfds/…`). Only data sets with an index can be resumed to the step, so the
-streaming readers (`hfids/`, `tfds/`, `wds/`) are refused.
+streaming readers (`hfids/`, `tfds/`, `wds/`) are refused. docs/data.md has an example of each.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, resolve_data_config
+from timm.data import ImageDataset, create_dataset, resolve_data_config
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .augment import PREPROCESS_KEYS, Transform
 from .config import DataConfig
@@ -32,6 +35,8 @@ from .seeding import derive_seed, seed_all
 
 _HELD_OUT = {"test", "val", "valid", "validation", "eval"}
 _STREAMS = ("hfids/", "tfds/", "wds/")
+_LISTED = 20  # broken images in an error message
+_TRIES = 20  # an image to replace a broken one is found at the first or second, unless most are broken
 _IMAGE_MODES = {1: "L", 3: "RGB"}
 
 
@@ -68,23 +73,125 @@ class ArrayImages:
         return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
-class TrainImages(Dataset[Any]):
-    """Augmented images; each is a function of (seed, epoch, image, copy), in whatever process it is made."""
+class ReaderImages:
+    """Images of a timm reader as they are, where timm's own data set reads the next one in place of a broken one."""
 
-    def __init__(self, images: LabelledImages, transform: Transform, mode: str, seed: int) -> None:
-        self.images, self.transform, self.mode, self.seed = images, transform, mode, seed
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self.class_to_idx = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        file, label = self.reader[index][:2]
+        with file:
+            image = Image.open(file)
+            image.load()
+        return image, label
+
+    def filename(self, index: int) -> str | None:
+        """Where the image comes from; None for one that has no name of its own."""
+        return self.reader.filename(index, absolute=True)
+
+
+class BrokenImage(NamedTuple):
+    """An image that could not be read: its number in the data set, its file, and why."""
+
+    index: int
+    path: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Images `(B, C, H, W)` float32, class numbers `(B,)` int64, and the broken ones that some of them replace."""
+
+    images: Tensor
+    labels: Tensor
+    broken: Sequence[BrokenImage]
+
+
+class BrokenDataError(RuntimeError):
+    """More images could not be read than data.broken_limit allows."""
+
+
+class BrokenImages:
+    """The distinct training images that were seen to be broken in the course of a run.
+
+    Args:
+        limit: part of `num_images` that may be broken.
+    """
+
+    def __init__(self, limit: float, num_images: int) -> None:
+        self.limit, self.num_images = limit, num_images
+        self._found: dict[int, BrokenImage] = {}
+
+    def add(self, broken: Iterable[BrokenImage]) -> list[BrokenImage]:
+        """Take note of images, and return those that are new.
+
+        Raises:
+            BrokenDataError: there are too many; lists the first of them.
+        """
+        new = {image.index: image for image in broken if image.index not in self._found}
+        self._found |= new
+        if len(self._found) > self.limit * self.num_images:
+            listed = "; ".join(f"{image.path} ({image.reason})" for image in list(self._found.values())[:_LISTED])
+            more = f"; and {len(self._found) - _LISTED} more" if len(self._found) > _LISTED else ""
+            raise BrokenDataError(
+                f"{len(self._found)} of {self.num_images} training images cannot be read, which is more than "
+                f"data.broken_limit {self.limit:g} of them: {listed}{more}. Replace or remove these files, or raise "
+                "data.broken_limit"
+            )
+        return list(new.values())
+
+    def state(self) -> list[list[Any]]:
+        """The images as lists of plain values, for `load`."""
+        return [list(image) for image in self._found.values()]
+
+    def load(self, state: Iterable[Sequence[Any]]) -> None:
+        """Take up where `state` was made."""
+        self._found = {values[0]: BrokenImage(*values) for values in state}
+
+
+class TrainImages(Dataset[Any]):
+    """Augmented images; each is a function of (seed, epoch, image, copy), in whatever process it is made.
+
+    One that cannot be read is replaced by another, which is drawn with the sample's seed.
+
+    Args:
+        images: see `LabelledImages`.
+        transform_at: the transform of an epoch, counted from 0.
+        mode: PIL's name of the kind of image that the transform gets.
+        seed: of the run.
+    """
+
+    def __init__(self, images: LabelledImages, transform_at: Callable[[int], Transform], mode: str, seed: int) -> None:
+        self.images, self.transform_at, self.mode, self.seed = images, transform_at, mode, seed
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int, tuple[BrokenImage, ...]]:
         seed_all(derive_seed(self.seed, "sample", key.epoch, key.image, key.copy))
-        image, label = self.images[key.image]
-        return self.transform(image.convert(self.mode)), int(label)
+        broken: list[BrokenImage] = []
+        index = key.image
+        for _ in range(_TRIES):
+            try:
+                image, label = read_image(self.images, index, self.mode)
+            except UnreadableImageError as error:
+                broken.append(error.image)
+                index = random.randrange(len(self))
+            else:
+                return self.transform_at(key.epoch)(image), label, tuple(broken)
+        last = broken[-1]
+        raise BrokenDataError(
+            f"{_TRIES} training images drawn one after the other cannot be read, the last of them {last.path} "
+            f"({last.reason}); see that data.name and data.root are right"
+        )
 
 
 class EvalImages(Dataset[Any]):
-    """Images resized and cropped without randomness."""
+    """Images resized and cropped without randomness. One that cannot be read is an error: counts are exact."""
 
     def __init__(self, images: LabelledImages, transform: Transform, mode: str) -> None:
         self.images, self.transform, self.mode = images, transform, mode
@@ -93,8 +200,39 @@ class EvalImages(Dataset[Any]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[index]
-        return self.transform(image.convert(self.mode)), int(label)
+        image, label = read_image(self.images, index, self.mode)
+        return self.transform(image), label
+
+
+class UnreadableImageError(OSError):
+    """`image` says which image cannot be read, where it is and why."""
+
+    def __init__(self, message: str, image: BrokenImage | None = None) -> None:
+        # A loader process hands on the message alone.
+        super().__init__(message)
+        self.image = image or BrokenImage(-1, "", message)
+
+
+def read_image(images: LabelledImages, index: int, mode: str) -> tuple[Image.Image, int]:
+    """An image in a PIL mode, and its class number.
+
+    Raises:
+        UnreadableImageError: it cannot be read or decoded.
+    """
+    try:
+        image, label = images[index]
+        return image.convert(mode), -1 if label is None else int(label)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes raise nearly anything: OSError, SyntaxError, struct.error, …
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        broken = BrokenImage(index, _path(images, index), reason)
+        raise UnreadableImageError(f"image {index} ({broken.path}) cannot be read: {reason}", broken) from error
+
+
+def _path(images: LabelledImages, index: int) -> str:
+    path = images.filename(index) if isinstance(images, ReaderImages) else None
+    return path or f"image {index}"
 
 
 @dataclass
@@ -168,29 +306,44 @@ def _read_npz(path: Path, split: str) -> ArrayImages:
 
 
 def _open_timm(config: DataConfig, split: str, in_chans: int, class_to_idx: dict[str, int] | None) -> LabelledImages:
-    is_folder = config.name == "folder"
-    if is_folder and (config.root is None or not Path(config.root).exists()):
-        raise FileNotFoundError(f"data.root {config.root} does not exist; give the folder that holds the images")
     options = dict(config.options)
-    if is_folder and class_to_idx is not None:
+    if config.name in ("folder", "tar") and class_to_idx is not None:
         options.setdefault("class_map", class_to_idx)
-    name = "" if is_folder else config.name
     try:
-        images = create_dataset(name, root=config.root, split=split, input_img_mode=image_mode(in_chans), **options)
+        if config.name == "tar":
+            # Without open files, because processes that share one move each other's place in it.
+            return ReaderImages(ReaderImageInTar(str(_tar_path(config.root, split)), cache_tarfiles=True, **options))
+        name, root = ("", _split_root(config.root, split)) if config.name == "folder" else (config.name, config.root)
+        images = create_dataset(name, root=root, split=split, input_img_mode=image_mode(in_chans), **options)
     except (AssertionError, TypeError, RuntimeError, ImportError) as error:
         raise ValueError(f"data.name {config.name}, root {config.root}, split {split!r}: {error}") from error
-    if is_folder and Path(config.root or "").is_dir() and Path(images.reader.root) == Path(config.root or ""):
+    if config.name == "folder" and Path(images.reader.root) == Path(config.root or ""):
         # timm falls back to the whole root, which would put the images of every split into this one.
         raise ValueError(f"data.root {config.root} has no folder for the split {split!r}; name the splits in data.*")
-    return images
+    return ReaderImages(images.reader) if isinstance(images, ImageDataset) else images
+
+
+def _split_root(root: str | None, split: str) -> str:
+    if root is None or not Path(root).exists():
+        raise FileNotFoundError(f"data.root {root} does not exist; give the folder that holds the images")
+    if not Path(root).is_dir():
+        raise ValueError(f"data.root {root} is a file; give the folder above {split}/class/, or use data.name tar")
+    return root
+
+
+def _tar_path(root: str | None, split: str) -> Path:
+    """The split's tar file, of class folders or of a tar file per class, or its folder of a tar file per class."""
+    if root is None:
+        raise ValueError(f"data.root is needed: the folder with {split}.tar, or with a folder {split} of tar files")
+    for path in (Path(root) / f"{split}.tar", Path(root) / split):
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"data.root {root} has neither {split}.tar nor a folder {split}; name the splits in data.*")
 
 
 def _class_to_idx(images: LabelledImages) -> dict[str, int] | None:
-    for owner in (images, getattr(images, "reader", None)):
-        mapping = getattr(owner, "class_to_idx", None)
-        if mapping:
-            return dict(mapping)
-    return None
+    mapping = getattr(images, "class_to_idx", None)
+    return dict(mapping) if mapping else None
 
 
 def _class_names(images: LabelledImages) -> list[str] | None:
@@ -226,19 +379,24 @@ def resolve_preprocess(config: DataConfig, in_chans: int, pretrained_cfg: dict[s
     return dict(resolve_data_config(values, pretrained_cfg=pretrained_cfg))
 
 
-def train_loader(
-    images: TrainImages, order: TrainingOrder, workers: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in the given order to its end: images `(B, C, H, W)` float32 and labels `(B,)` int64, on the CPU."""
+def train_loader(images: TrainImages, order: TrainingOrder, workers: int, device: torch.device) -> Iterator[Batch]:
+    """Batches in the given order to its end, on the CPU."""
     return iter(
         DataLoader(
             images,
             batch_sampler=order,
+            collate_fn=_collate,
             num_workers=workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
         )
     )
+
+
+def _collate(samples: list[tuple[Tensor, int, tuple[BrokenImage, ...]]]) -> Batch:
+    images, labels, broken = zip(*samples, strict=True)
+    batch = default_collate(list(zip(images, labels, strict=True)))
+    return Batch(*batch, tuple(itertools.chain.from_iterable(broken)))
 
 
 def eval_loader(

@@ -17,16 +17,23 @@ class RunLog:
     """Writes one JSON line per logged step or evaluation and shows it on the console.
 
     On a terminal there is a progress bar, elsewhere there are plain lines. Lines of `log.jsonl` after `start_step`
-    are removed first: they belong to work that the resumed run does again.
+    are removed first: they belong to work that the resumed run does again. Without a path nothing is reported, in
+    processes other than the first.
     """
 
-    def __init__(self, path: Path, start_step: int, total_steps: int, tensorboard: bool = False) -> None:
-        _cut_after(path, start_step)
-        self._writer = _tensorboard_writer(path.parent, start_step) if tensorboard else None
-        self._file = path.open("a")
+    def __init__(self, path: Path | None, start_step: int, total_steps: int, tensorboard: bool = False) -> None:
+        if path is not None:
+            _cut_after(path, start_step)
+        self._writer = _tensorboard_writer(path.parent, start_step) if tensorboard and path is not None else None
+        self._file = None if path is None else path.open("a")
         self._total_steps = total_steps
         self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", file=sys.stderr, dynamic_ncols=True, disable=None
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=None if path is not None else True,
         )
 
     def __enter__(self) -> RunLog:
@@ -36,7 +43,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -47,6 +55,8 @@ class RunLog:
     def train(self, record: dict[str, Any]) -> None:
         """Report the mean loss, learning rate and speed of the steps since the last report."""
         self._write({"type": "train", **record})
+        if self._file is None:
+            return
         speed = f"{record['images_per_second']:.0f} img/s"
         if self._bar.disable:
             print(
@@ -56,6 +66,12 @@ class RunLog:
             )
         else:
             self._bar.set_postfix_str(f"epoch {record['epoch']} loss {record['loss']:.3f} {speed}", refresh=False)
+
+    def skipped(self, record: dict[str, Any]) -> None:
+        """Report a step that changed no weight, with the ranks and images that it was made of."""
+        self._write({"type": "skipped", **record})
+        who = f"the loss of rank {record['ranks']}" if record["ranks"] else "the gradient"
+        self.message(f"epoch {record['epoch']} step {record['step']}: skipped, {who} is not finite")
 
     def evaluation(self, record: dict[str, Any], is_best: bool) -> None:
         """Report an evaluation."""
@@ -68,9 +84,12 @@ class RunLog:
 
     def message(self, text: str) -> None:
         """Say something on the console only."""
-        tqdm.write(text, file=sys.stderr)
+        if self._file is not None:
+            tqdm.write(text, file=sys.stderr)
 
     def _write(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._writer is not None:

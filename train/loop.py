@@ -7,25 +7,30 @@ anywhere and started again ends with the same bits as one that was never stopped
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 import timm
 import torch
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..hub.config import describe
-from .augment import eval_transform, train_transform
+from .augment import Transform, eval_transform, train_transform
 from .config import TrainConfig
 from .data import (
+    Batch,
+    BrokenImage,
+    BrokenImages,
     EvalImages,
     TrainImages,
     eval_loader,
@@ -34,13 +39,16 @@ from .data import (
     resolve_preprocess,
     train_loader,
 )
-from .evaluate import EvalResult, autocast, check_labels, choose_device, evaluate
+from .distributed import Processes, Replica, load_shards, save_shards, shard, share_buffers, whole_state_dict
+from .evaluate import EvalResult, autocast, check_labels, evaluate
+from .guard import BadStep, Guard, first_bad_module
 from .log import RunLog
-from .model import adopt_preprocess, build_model, count_parameters
+from .model import adopt_preprocess, build_model, count_parameters, prepare
 from .objective import Objective, build_teacher
 from .optim import build_ema, build_loss, build_mixup, build_optimizer, build_scheduler, lr_scale
 from .sampler import TrainingOrder
 from .seeding import derive_seed, seed_all
+from .signals import StopSignals
 from .state import RunFolder
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +63,7 @@ class RunStoppedError(Exception):
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became infinite or not a number."""
+    """More steps in a row than run.max_skipped had a loss or gradient that was infinite or not a number."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -89,36 +97,39 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
 class Trainer:
     """A run that is ready to go: model, data, optimizer and the state to continue from. Use as a context manager.
 
+    Under torchrun every process has one; the first writes the folder, which all of them have to see.
+
     Raises:
         ValueError, OSError: the configuration, the data or the folder does not allow the run.
     """
-
-    rank = 0
-    world_size = 1
 
     def __init__(self, config: TrainConfig) -> None:
         if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("run.tensorboard needs the package tensorboard; install it or leave the key out")
         self.config = config
-        self.device = choose_device(config.run.device)
-        self._build_model_and_data()
-        self._build_optimization()
+        self.processes = Processes(config.run.device)
+        self.device = self.processes.device
+        self.folder = RunFolder(config.run.output or "")
+        try:
+            self._build_model_and_data()
+            self._build_optimization()
+            self._begin()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def _begin(self) -> None:
         self.step = 0
         self.evaluated_step = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self.last_eval: dict[str, Any] | None = None
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.loss_count = 0
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self.folder = RunFolder(config.run.output or "")
-        self.folder.claim()
-        try:
-            self._restore()
-            self.folder.begin(config)
-        except BaseException:
-            self.folder.release()
-            raise
+        self.loss_sum = torch.zeros(2, dtype=torch.float64, device=self.device)  # and how many losses it is of
+        if self.processes.is_first:
+            self.folder.claim()
+        self._restore()
+        if self.processes.is_first:
+            self.folder.begin(self.config)
 
     def __enter__(self) -> Trainer:
         return self
@@ -127,6 +138,7 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.folder.release()
+        self.processes.leave()
 
     def _build_model_and_data(self) -> None:
         config = self.config
@@ -144,25 +156,51 @@ class Trainer:
         self.preprocess = resolve_preprocess(config.data, in_chans, getattr(self.model, "pretrained_cfg", None) or {})
         adopt_preprocess(self.model, self.preprocess, num_classes, self.classes)
         self.description = describe(self.model)
-        self.model.to(self.device).train()
-        transform = train_transform(config.augment, self.preprocess)
-        self.train_images = TrainImages(train_source.images, transform, image_mode(in_chans), config.run.seed)
-        self.eval_images = EvalImages(eval_source.images, eval_transform(self.preprocess), image_mode(in_chans))
+        self.memory_format = torch.channels_last if config.run.channels_last else torch.contiguous_format
+        self.model.to(self.device, memory_format=self.memory_format).train()
+        prepare(self.model, config.model)
+        mode = image_mode(in_chans)
+        self.train_images = TrainImages(train_source.images, self._transform_at, mode, config.run.seed)
+        self.eval_images = EvalImages(eval_source.images, eval_transform(self.preprocess), mode)
+        self.broken = BrokenImages(config.data.broken_limit, len(self.train_images))
+        self._transform_at(0)  # an option that timm does not know is reported here, and not by a loader process
+
+    def _transform_at(self, epoch: int) -> Transform:
+        """How training images are made in an epoch, counted from 0: at the size of schedule.image_sizes."""
+        sizes = self.config.schedule.image_sizes
+        begun = [start for start in sizes if start <= epoch]
+        return self._transform(sizes[max(begun)] if begun else None)
+
+    @functools.cache  # noqa: B019 - one trainer per run
+    def _transform(self, side: int | None) -> Transform:
+        preprocess = dict(self.preprocess)
+        if side is not None:
+            preprocess["input_size"] = (self.config.model.in_chans, side, side)
+        return train_transform(self.config.augment, preprocess)
 
     def _build_optimization(self) -> None:
         config = self.config
-        scale = lr_scale(config.optim, config.data.batch_size, self.world_size)
+        scale = lr_scale(config.optim, config.data.batch_size, self.processes.size)
         self.steps_per_epoch = self._order(0, 0).steps_per_epoch
-        self.optimizer = build_optimizer(config.optim, self.model, scale)
+        self.ema = build_ema(config.optim, self.model)
+        self.replica = Replica(self.model, config.run, self.processes)
+        self.model = self.replica.module
+        if self.ema is not None and self.replica.sharded:
+            self.ema.module = shard(self.ema.module, self.processes)
+        self.optimizer = build_optimizer(config.optim, self.model, scale, self.device)
         self.scheduler, self.epochs = build_scheduler(config.schedule, self.optimizer, self.steps_per_epoch, scale)
         self.total_steps = self.epochs * self.steps_per_epoch
-        self.ema = build_ema(config.optim, self.model)
         self.mixup = build_mixup(config.augment, self.num_classes)
-        self.objective = Objective(config.loss, build_loss(config.augment, self.mixup), self.model)
+        labelled = build_loss(config.augment, config.loss, self.mixup)
+        self.objective = Objective(config.loss, labelled, self.model)
         in_chans = config.model.in_chans
         self.teacher = build_teacher(config.loss, self.num_classes, in_chans, self.preprocess, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.run.precision == "float16")
+        self.guard = Guard(config.run.max_skipped, self.processes, self.model)
+        # an optimizer that takes the verdict as a tensor need not wait for it
+        self._waits = self.scaler.is_enabled() or not getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
-    def _order(self, start_step: int, stop_step: int) -> TrainingOrder:
+    def _order(self, start_step: int, stop_step: int, rank: int | None = None) -> TrainingOrder:
         config = self.config
         return TrainingOrder(
             len(self.train_images),
@@ -172,19 +210,19 @@ class Trainer:
             stop_step=stop_step,
             accumulation=config.optim.accumulation,
             repeats=config.augment.repeats,
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=self.processes.rank if rank is None else rank,
+            world_size=self.processes.size,
         )
 
     def fit(self) -> dict[str, Any]:
         """Train and evaluate to the end, write summary.json and return it. See `train` for the errors."""
         config, start = self.config, self.step
-        if start:
+        if start and self.processes.is_first:
             _logger.info("resuming %s at step %d of %d", self.folder.path, start, self.total_steps)
         started = time.monotonic() - self.seconds
         with (
-            _StopSignals() as stop,
-            RunLog(self.folder.log, start, self.total_steps, config.run.tensorboard) as log,
+            StopSignals() as stop,
+            self._open_log(start) as self._log,
         ):
             batches = train_loader(
                 self.train_images, self._order(start, self.total_steps), config.data.workers, self.device
@@ -192,106 +230,203 @@ class Trainer:
             clock = _Clock(start)
             while True:
                 self.seconds = time.monotonic() - started
-                if self._evaluation_is_due() and stop.signal_number is None:
-                    self._evaluate(log, stop)
+                asked = self.processes.agree(stop.number)
+                if self._evaluation_is_due() and not asked:
+                    self._evaluate(lambda: stop.number != 0)
+                    asked = max(self.processes.gather(stop.number))
                     clock = _Clock(self.step)
-                if stop.signal_number is not None:
+                if asked:
                     self._save()
-                    raise RunStoppedError(stop.signal_number, self.step)
+                    raise RunStoppedError(asked, self.step)
                 if self.step == self.total_steps:
                     break
                 self._train_step(batches)
-                log.advance()
+                self._log.advance()
                 if self.step % config.run.log_steps == 0 or self.step == self.total_steps:
-                    self._report(log, clock)
+                    self._report(clock)
                     clock = _Clock(self.step)
                 if config.run.checkpoint_steps and self.step % config.run.checkpoint_steps == 0:
                     self.seconds = time.monotonic() - started
                     self._save()
         summary = self._summary()
-        self.folder.write_summary(summary)
+        if self.processes.is_first:
+            self.folder.write_summary(summary)
+        self.processes.wait()
         return summary
 
-    def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        config, passes = self.config, self.config.optim.accumulation
+    def _open_log(self, start: int) -> RunLog:
+        path = self.folder.log if self.processes.is_first else None
+        return RunLog(path, start, self.total_steps, self.config.run.tensorboard)
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        passes = self.config.optim.accumulation
         # The schedule is a function of the step alone, so a resumed run needs no state of it.
         self.scheduler.step_update(self.step)
-        if self.mixup is not None and config.augment.mix_off_epoch:
-            self.mixup.mixup_enabled = self.step // self.steps_per_epoch < config.augment.mix_off_epoch
+        self.guard.begin()
         for forward_pass in range(passes):
-            images, labels = next(batches)
-            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            seed_all(derive_seed(config.run.seed, "step", self.step, forward_pass, self.rank))
-            if self.mixup is not None:
-                images, labels = self.mixup(images, labels)
-            with autocast(self.device, config.run.precision):
-                outputs = self.model(images)
-                hints = self.teacher(images) if self.teacher is not None else None
-            loss = self.objective(outputs, labels, hints) / passes
-            loss.backward()
+            batch = next(batches)
+            for broken in self.broken.add(batch.broken):
+                _logger.warning("%s cannot be read (%s); another image takes its place", broken.path, broken.reason)
+            with self.replica.exchanging(gradients=forward_pass + 1 == passes):
+                loss = self._loss(batch, self.step, forward_pass)
+                self.scaler.scale(loss / passes).backward()
             self._accumulate(loss.detach())
-        if config.optim.clip_grad is not None:
-            dispatch_clip_grad(self.model.parameters(), config.optim.clip_grad, config.optim.clip_mode)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         self.step += 1
-        self.loss_count += 1
+        self._update()
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
 
+    def _loss(self, batch: Batch, step: int, forward_pass: int) -> Tensor:
+        """The loss of a batch in a pass of `step`, a function of them and of the weights."""
+        config = self.config
+        images = batch.images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        seed_all(derive_seed(config.run.seed, "step", step, forward_pass, self.processes.rank))
+        if self.mixup is not None:
+            if config.augment.mix_off_epoch:
+                self.mixup.mixup_enabled = step // self.steps_per_epoch < config.augment.mix_off_epoch
+            images, labels = self.mixup(images, labels)
+        with autocast(self.device, config.run.precision):
+            outputs = self.replica.forward(images)
+            hints = self.teacher(images) if self.teacher is not None else None
+        return self.objective(outputs, labels, hints)
+
     def _accumulate(self, loss: Tensor) -> None:
-        """Add to the running loss and note the first step with a bad one, without waiting for the device."""
-        self.loss_sum += loss
-        is_first = ~torch.isfinite(loss) & (self.first_bad_step < 0)
-        self.first_bad_step.masked_fill_(is_first, self.step + 1)
+        """Add to the running loss, if it is finite, without waiting for the device."""
+        self.guard.watch(loss)
+        counted = torch.stack((loss.double(), torch.ones_like(loss, dtype=torch.float64)))
+        self.loss_sum += torch.where(torch.isfinite(loss), counted, 0)
 
-    def _check_finite(self) -> None:
-        step = int(self.first_bad_step)
-        if step >= 0:
-            raise NonFiniteLossError(
-                f"the loss is not finite at step {step} (epoch {self._epoch(step)}); lower optim.lr, set "
-                "optim.clip_grad or a longer warm-up. The last saved state is from before"
-            )
+    def _update(self) -> None:
+        """One step of the optimizer, unless the loss or the gradient is not finite."""
+        optim = self.config.optim
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
+        bad = self.guard.judge(self.step, norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not self._waits:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
+        if not self._waits or not bad:
+            if optim.clip_grad is not None and optim.clip_mode == "norm":
+                torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_grad, norm)
+            elif optim.clip_grad is not None:
+                dispatch_clip_grad(parameters, optim.clip_grad, optim.clip_mode)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.guard.restore_statistics(bad)
 
-    def _report(self, log: RunLog, clock: _Clock) -> None:
-        self._check_finite()
+    def _report(self, clock: _Clock) -> None:
+        self._report_faults()
+        total, count = self.processes.sum(self.loss_sum).tolist()
+        self.loss_sum.zero_()
+        if not count:
+            return
         images = (self.step - clock.step) * self._images_per_step()
-        log.train(
+        self._log.train(
             {
                 "step": self.step,
                 "epoch": self._epoch(self.step),
-                "loss": float(self.loss_sum) / self.loss_count,
+                "loss": total / count,
                 "lr": max(group["lr"] for group in self.optimizer.param_groups),
                 "images_per_second": images / clock.elapsed(),
             }
         )
-        self.loss_sum.zero_()
-        self.loss_count = 0
+
+    def _report_faults(self) -> None:
+        """Share what images are broken, log the steps that were skipped, and end the run after too many of either."""
+        for images in self.processes.gather(self.broken.state()) if self.processes.size > 1 else ():
+            self.broken.add(BrokenImage(*values) for values in images)
+        skipped = self.guard.read()
+        for bad in skipped:
+            record = {"step": bad.step, "epoch": self._epoch(bad.step), "ranks": bad.ranks}
+            self._log.skipped(record | {"images": self._images_of(bad.step - 1)})
+        if self.guard.has_failed:
+            self._fail(skipped[-1])
+
+    def _images_of(self, step: int) -> list[list[int]]:
+        """The images of a step, by rank, as their numbers in the data set."""
+        ranks = range(self.processes.size)
+        return [[key.image for batch in self._order(step, step + 1, rank) for key in batch] for rank in ranks]
+
+    def _fail(self, bad: BadStep) -> None:
+        """Save the run as it was before the last bad step, as a run folder of its own, and end."""
+        self.step, dump = bad.step - 1, self.folder.path / "nonfinite"
+        self.guard.in_a_row.fill_(self.guard.limit)
+        where = self._first_bad_module()
+        if self.folder.path.name != dump.name:
+            self._save(RunFolder(dump))
+        ranks = f"the loss of rank {bad.ranks}" if bad.ranks else "the gradient"
+        raise NonFiniteLossError(
+            f"{self.guard.limit + 1} steps in a row were not finite (run.max_skipped {self.guard.limit}); in the last, "
+            f"step {bad.step} (epoch {self._epoch(bad.step)}), {ranks}"
+            + (f", first the output of {where}" if where else "")
+            + "; lower optim.lr, set optim.clip_grad or a longer warm-up. Nothing after the last good step has changed "
+            f"a weight; `striate train --config {dump}/config.yaml --run.output {dump}` repeats that step"
+        )
+
+    def _first_bad_module(self) -> str | None:
+        """Where the numbers of the next step stop being finite, on this process."""
+        if self.replica.sharded:
+            return None
+        batch = next(train_loader(self.train_images, self._order(self.step, self.step + 1), 0, self.device))
+        seed_all(derive_seed(self.config.run.seed, "step", self.step, 0, self.processes.rank))
+        return first_bad_module(self.model, batch.images.to(self.device))
 
     def _evaluation_is_due(self) -> bool:
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         at_end = self.step == self.total_steps
         return self.step > self.evaluated_step and rest == 0 and (at_end or epoch % self.config.run.eval_epochs == 0)
 
-    def _evaluate(self, log: RunLog, stop: _StopSignals) -> None:
-        self._check_finite()
-        config, began = self.config, time.monotonic()
-        loader = eval_loader(self.eval_images, config.data.batch_size, config.data.workers, self.device)
-        result = evaluate(
-            self._deployed(), loader, self.device, config.run.precision, lambda: stop.signal_number is not None
-        )
+    def _evaluate(self, should_stop: Callable[[], bool]) -> None:
+        self._report_faults()
+        self._share_buffers()
+        began = time.monotonic()
+        result = self._results(should_stop)
         if result is None:
             return
         record = self._eval_record(result)
         is_best = self.best is None or record["correct"] > self.best["correct"]
         if is_best:
             self.best = record
-            self.folder.save_weights("best", self._deployed(), self._metadata(record))
+            self._save_weights(self.folder, "best", record)
         self.last_eval = record
         self.evaluated_step = self.step
-        log.evaluation(record, is_best)
+        self._log.evaluation(record, is_best)
         self.seconds += time.monotonic() - began
         self._save()
+
+    def _results(self, should_stop: Callable[[], bool]) -> EvalResult | None:
+        """The counts over all processes, or None if one of them was asked to stop. Predictions are this process's."""
+        config, processes = self.config, self.processes
+        loader = eval_loader(
+            self.eval_images, config.data.batch_size, config.data.workers, self.device, processes.rank, processes.size
+        )
+        result = evaluate(self._deployed(), self._even(loader), self.device, config.run.precision, should_stop)
+        if processes.size == 1:
+            return result
+        counts = processes.gather(None if result is None else _counts(result))
+        if None in counts:
+            return None
+        correct, correct5, total, loss = map(sum, zip(*counts, strict=True))
+        assert result is not None
+        return EvalResult(correct, correct5, total, loss / total, result.predictions)
+
+    def _even(self, loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches, and as many without images that all processes have the same number: shards need everyone."""
+        images = labels = None
+        for images, labels in loader:
+            yield images, labels
+        largest = -(-len(self.eval_images) // self.processes.size)
+        missing = -(-largest // self.config.data.batch_size) - len(loader)
+        for _ in range(missing if self.replica.sharded else 0):
+            assert images is not None
+            yield images[:0], labels[:0]
+
+    def _share_buffers(self) -> None:
+        share_buffers(self.model, self.processes)
+        if self.ema is not None:
+            share_buffers(self.ema.module, self.processes)
 
     def _deployed(self) -> torch.nn.Module:
         """The model to evaluate and to export: the moving average where there is one."""
@@ -306,7 +441,7 @@ class Trainer:
         return (step - 1) // self.steps_per_epoch + 1
 
     def _images_per_step(self) -> int:
-        return self.config.data.batch_size * self.config.optim.accumulation * self.world_size
+        return self.config.data.batch_size * self.config.optim.accumulation * self.processes.size
 
     def _metadata(self, record: dict[str, Any] | None) -> dict[str, Any]:
         return {
@@ -317,50 +452,104 @@ class Trainer:
             "metrics": record,
         }
 
-    def _save(self) -> None:
+    def _save_weights(self, folder: RunFolder, which: str, record: dict[str, Any] | None) -> None:
+        tensors = whole_state_dict(self._deployed())
+        if self.processes.is_first:
+            folder.save_weights(which, tensors, self._metadata(record))
+
+    def _save(self, folder: RunFolder | None = None) -> None:
         """Save last.safetensors and the state that a resumed run starts from."""
-        self._check_finite()
+        if folder is None:
+            folder = self.folder
+            self._report_faults()
+        elif self.processes.is_first:
+            folder.path.mkdir(exist_ok=True)
+            folder.begin(self.config)
+        self._share_buffers()
         is_evaluated = self.last_eval is not None and self.last_eval["step"] == self.step
-        self.folder.save_weights("last", self._deployed(), self._metadata(self.last_eval if is_evaluated else None))
-        self.folder.save_state(
-            {
-                "step": self.step,
-                "evaluated_step": self.evaluated_step,
-                "steps_per_epoch": self.steps_per_epoch,
-                "seconds": self.seconds,
-                "best": self.best,
-                "last_eval": self.last_eval,
-                "loss_sum": self.loss_sum,
-                "loss_count": self.loss_count,
-                "model": self.model.state_dict(),
-                "ema": None if self.ema is None else self.ema.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
-        )
+        self._save_weights(folder, "last", self.last_eval if is_evaluated else None)
+        state = {
+            "step": self.step,
+            "evaluated_step": self.evaluated_step,
+            "images_per_step": self._images_per_step(),
+            "seconds": self.seconds,
+            "best": self.best,
+            "last_eval": self.last_eval,
+            "loss_sums": self.processes.gather(self.loss_sum.tolist()),
+            "skipped_in_a_row": int(self.guard.in_a_row),
+            "broken": self.broken.state(),
+            "scaler": self.scaler.state_dict(),
+            "has_ema": self.ema is not None,
+        }
+        ema = None if self.ema is None else self.ema.module
+        if self.replica.sharded:
+            self._save_shards(folder, state, ema)
+        elif self.processes.is_first:
+            tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            folder.save_state(state | tensors | {"ema": None if ema is None else ema.state_dict()})
+        self.processes.wait()
+
+    def _save_shards(self, folder: RunFolder, state: dict[str, Any], ema: torch.nn.Module | None) -> None:
+        path = folder.new_shards(self.step)
+        save_shards(path, self.model, self.optimizer, ema)
+        self.processes.wait()
+        if self.processes.is_first:
+            folder.save_state(state | {"shards": path.name})
+            folder.drop_shards(but=path.name)
 
     def _restore(self) -> None:
         state = self.folder.load_state()
+        steps = self.processes.gather(None if state is None else state["step"])
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes found states of steps {steps} in run.output {self.folder.path}; give a folder that all "
+                "of them share"
+            )
         if state is None:
             return
-        if state["step"] > self.total_steps:
-            raise ValueError(
-                f"{self.folder.path} is at step {state['step']}, past the {self.total_steps} of this "
-                "configuration; raise schedule.epochs"
-            )
-        if (state["ema"] is None) != (self.ema is None):
-            raise ValueError("optim.ema_decay was switched on or off after the start of the run; use a new run.output")
+        self._check_state(state)
+        ema = None if self.ema is None else self.ema.module
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["ema"])
+            if self.replica.sharded:
+                load_shards(self.folder.path / state["shards"], self.model, self.optimizer, ema)
+            else:
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                if ema is not None:
+                    ema.load_state_dict(state["ema"])
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{self.folder.state} does not fit this configuration: {reason}") from error
         self.step, self.evaluated_step = state["step"], state["evaluated_step"]
         self.seconds, self.best, self.last_eval = state["seconds"], state["best"], state["last_eval"]
-        self.loss_sum.copy_(state["loss_sum"])
-        self.loss_count = state["loss_count"]
+        self.guard.in_a_row.fill_(state["skipped_in_a_row"])
+        self.broken.load(state["broken"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        sums = torch.tensor(state["loss_sums"], dtype=torch.float64)
+        mine = sums[self.processes.rank] if len(sums) == self.processes.size else sums.sum(0) / self.processes.size
+        self.loss_sum.copy_(mine)
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a state that this run cannot go on from."""
+        if state["step"] > self.total_steps:
+            raise ValueError(
+                f"{self.folder.path} is at step {state['step']}, past the {self.total_steps} of this "
+                "configuration; raise schedule.epochs"
+            )
+        if state["has_ema"] != (self.ema is not None):
+            raise ValueError("optim.ema_decay was switched on or off after the start of the run; use a new run.output")
+        if ("shards" in state) != self.replica.sharded:
+            raise ValueError(
+                f"{self.folder.state} was saved {'in shards' if 'shards' in state else 'whole'}, which this run does "
+                "not do; give the run.parallel of before, with several processes if it was fsdp"
+            )
+        images = self._images_per_step()
+        if state["images_per_step"] != images and not self.config.run.allow_config_change:
+            raise ValueError(
+                f"a step had {state['images_per_step']} images and would have {images} with {self.processes.size} "
+                "processes; start as many as before, change optim.accumulation, or give --run.allow_config_change true"
+            )
 
     def _summary(self) -> dict[str, Any]:
         return {
@@ -382,6 +571,10 @@ class Trainer:
         }
 
 
+def _counts(result: EvalResult) -> tuple[float, ...]:
+    return result.correct, result.correct5, result.total, result.loss * result.total
+
+
 class _Clock:
     """Measures the speed from `step` on."""
 
@@ -391,30 +584,3 @@ class _Clock:
 
     def elapsed(self) -> float:
         return max(time.monotonic() - self._began, 1e-9)
-
-
-class _StopSignals:
-    """Turns the first SIGINT or SIGTERM into `signal_number`; a second one ends the process as usual."""
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        # Python lets only the main thread set handlers; in another one the caller decides about signals.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import safetensors
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .. import create_model
 from .config import ModelConfig
@@ -37,6 +39,35 @@ def build_model(config: ModelConfig, num_classes: int | None, in_chans: int | No
         return create_model(config.name, pretrained=pretrained, **arguments, **config.options)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"model.name {config.name} with {arguments | config.options}: {error}") from error
+
+
+def prepare(model: nn.Module, config: ModelConfig) -> None:
+    """Freeze parameters and turn on checkpointing, as a configuration says.
+
+    Raises:
+        ValueError: model.freeze has an entry that fits no parameter, or leaves none to train, or the model cannot
+            recompute activations.
+    """
+    if config.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise ValueError(f"model.grad_checkpointing is true, but {config.name} cannot do that; leave it out")
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    for pattern in config.freeze:
+        matching = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+        ]
+        if not matching:
+            raise ValueError(f"model.freeze has {pattern!r}, which is no parameter of {config.name} and no prefix")
+        for parameter in matching:
+            parameter.requires_grad_(False)
+    if config.freeze and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"model.freeze {config.freeze} leaves no parameter to train; take out the head's, say")
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.affine and not module.weight.requires_grad:
+            module.eval()  # its statistics belong to its frozen weights
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
 
 
 def count_parameters(model: nn.Module) -> int:

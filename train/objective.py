@@ -45,7 +45,7 @@ class Objective:
             model.set_distilled_training(True)  # type: ignore[operator]
 
     def __call__(self, outputs: Tensor | Sequence[Tensor], labels: Tensor, hints: Tensor | None = None) -> Tensor:
-        """The loss, a scalar in float32.
+        """The loss, a scalar in float32, or float64 if the outputs are.
 
         Args:
             outputs: of the model in training: logits `(B, classes)`, with `tet` `(T, B, classes)`, or a pair of them of
@@ -54,11 +54,11 @@ class Objective:
             hints: logits of the teacher `(B, classes)`.
         """
         logits, pupil = outputs if isinstance(outputs, (tuple, list)) else (outputs, outputs)
-        loss = self._from_labels(logits.float(), labels)
+        loss = self._from_labels(_at_least_float(logits), labels)
         if hints is None:
             return loss
         weight = self.config.distillation_weight
-        return (1 - weight) * loss + weight * self._from_teacher(pupil.float(), hints.float())
+        return (1 - weight) * loss + weight * self._from_teacher(_at_least_float(pupil), _at_least_float(hints))
 
     def _from_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.config.tet is None:
@@ -73,6 +73,10 @@ class Objective:
             return F.cross_entropy(logits, hints.argmax(1))
         log_p, log_q = F.log_softmax(logits / t, 1), F.log_softmax(hints / t, 1)
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * t**2
+
+
+def _at_least_float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Teacher:

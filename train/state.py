@@ -7,35 +7,57 @@ the run is resumed.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import TrainConfig, config_changes, dump_config, read_config_file
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, flush it to the disk and rename it to `path`."""
+    """Let `write` make a temporary file beside `path`, flush it to the disk and rename it to `path`.
+
+    Raises:
+        OSError: the disk is full, or the folder may not be written; `path` is what it was before.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        old = "the one before is still there" if path.exists() else "nothing is left of it"
+        raise OSError(
+            getattr(error, "errno", None), f"{path} could not be written ({reason}; {_free(path)}); {old}"
+        ) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB free"
+    except OSError:
+        return "its folder cannot be read"
 
 
 class RunFolder:
@@ -128,9 +150,19 @@ class RunFolder:
             raise ValueError(f"{self.state} is not a training state of format {STATE_FORMAT}; delete it to start anew")
         return state
 
-    def save_weights(self, which: str, model: nn.Module, metadata: Mapping[str, Any]) -> None:
-        """Replace "last" or "best" by the state dict of `model`, with `metadata` as JSON values."""
-        tensors = {name: _own_storage(tensor) for name, tensor in model.state_dict().items()}
+    def new_shards(self, step: int) -> Path:
+        """The folder for the shards of a step; the state names it once they are all there."""
+        return self.path / f"shards-{step}"
+
+    def drop_shards(self, but: str) -> None:
+        """Remove the shards of other states."""
+        for path in self.path.glob("shards-*"):
+            if path.name != but:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def save_weights(self, which: str, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Replace "last" or "best" by these tensors, with `metadata` as JSON values."""
+        tensors = {name: _own_storage(tensor) for name, tensor in state_dict.items()}
         header = {"format": "pt"} | {key: json.dumps(value) for key, value in metadata.items()}
         content = safetensors.torch.save(tensors, header)
         write_whole(self.weights(which), lambda path: path.write_bytes(content))
