@@ -327,6 +327,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME,NAME,…",
         help="operators instead of models, against other ways to compute them (default: all operators)",
     )
+    parser.add_argument(
+        "--loop", action="store_true", help="what the training loop costs beyond the steps it runs, over --rounds steps"
+    )
     parser.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … or auto (default cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 is autocast (default float32)")
@@ -383,6 +386,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json, output, models = args.pop("json"), args.pop("output"), args.pop("model")
     if args["sizes"] and args["ops"] is not None:
         parser.error("--ops does not go with --sizes")
+    if args["loop"] and (args["sizes"] or args["ops"] is not None):
+        parser.error("--loop does not go with --sizes or --ops")
     if args["sizes"]:
         return _main_growth(parser, args, models, as_json, output or Path("growth.csv"))
     if args["ops"] is not None:
@@ -390,6 +395,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     del args["sizes"], args["ops"]
     if len(models) != 1:
         parser.error(f"give one model, not {len(models)}; several go with --sizes")
+    if args.pop("loop"):
+        return _main_loop(parser, args, models[0], as_json, output)
     if args["against_dtype"] and not args["against"]:
         parser.error("--against-dtype goes with --against NAME")
     _check_output(output)
@@ -408,7 +415,7 @@ def _main_growth(
     from .state import write_whole
 
     _refuse(parser, args, "--sizes", "size", "against", "against_dtype")
-    del args["train"], args["ops"]
+    del args["train"], args["ops"], args["loop"]
     args |= {"batch": args["batch"] or 1, "models": tuple(models) or growth.DEFAULT_MODELS}
     if output.suffix != ".csv":
         raise ValueError(f"--output {output}: give a .csv file; the plot goes beside it as .png")
@@ -434,12 +441,28 @@ def _main_ops(
     _refuse(parser, args, "--ops", "size", "sizes", "against", "against_dtype")
     if args.pop("optimize"):
         parser.error("--optimize does not go with --ops")
-    del args["memory"]
+    del args["memory"], args["loop"]
     _check_output(output)
     report = benchmark_ops(OpSettings(**args | {"batch": args["batch"] or 8}), progress=True)
     if output is not None:
         _write(output, json.dumps(report, indent=1) + "\n")
     print(json.dumps(report) if as_json else format_ops(report))
+    return 0
+
+
+def _main_loop(
+    parser: argparse.ArgumentParser, args: dict[str, Any], model: str, as_json: bool, output: Path | None
+) -> int:
+    from .overhead import format_overhead, measure_overhead
+
+    _refuse(parser, args, "--loop", "against", "against_dtype")
+    _check_output(output)
+    report = measure_overhead(
+        model, args["batch"] or 8, args["size"] or 224, args["rounds"] or 200, args["threads"], args["device"]
+    )
+    if output is not None:
+        _write(output, json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report) if as_json else format_overhead(report))
     return 0
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .errors import CommandFailedError
+
 
 @dataclass(frozen=True)
 class Command:
@@ -66,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(command(rest) or 0)
     except (ValueError, OSError) as error:
         return _fail(f"striate {name}", " ".join(str(error).split()))
+    except CommandFailedError as error:
+        print(f"striate {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -75,6 +80,11 @@ def train(argv: Sequence[str]) -> int:
     from .config import parse_config
 
     config = parse_config(argv)
+    if "--dry-run" in argv:
+        from .plan import describe_plan
+
+        print(describe_plan(config))
+        return 0
     if not config.run.output:
         raise ValueError("run.output is missing; give the folder of the run, --run.output DIR")
     from .data import BrokenDataError

@@ -291,6 +291,7 @@ def train_parser() -> ConfigParser:
     parser.add_argument(
         "--recipe", type=str, help="the same for packaged recipes only: biformer/small_in1k or biformer_small_in1k"
     )
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would do and take, and do nothing")
     for group in GROUPS:
         parser.add_keys(group)
     return parser

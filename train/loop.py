@@ -97,13 +97,14 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
 class Trainer:
     """A run that is ready to go: model, data, optimizer and the state to continue from. Use as a context manager.
 
-    Under torchrun every process has one; the first writes the folder, which all of them have to see.
+    Under torchrun every process has one; the first writes the folder, which all of them have to see. Without `begin`
+    the folder is left alone, and the run cannot be carried out.
 
     Raises:
         ValueError, OSError: the configuration, the data or the folder does not allow the run.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, begin: bool = True) -> None:
         if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("run.tensorboard needs the package tensorboard; install it or leave the key out")
         self.config = config
@@ -113,18 +114,24 @@ class Trainer:
         try:
             self._build_model_and_data()
             self._build_optimization()
-            self._begin()
+            self._start_from_nothing()
+            if begin:
+                self._begin()
         except BaseException:
             self.__exit__(None, None, None)
             raise
 
-    def _begin(self) -> None:
+    def _start_from_nothing(self) -> None:
         self.step = 0
         self.evaluated_step = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self.last_eval: dict[str, Any] | None = None
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=self.device)  # and how many losses it is of
+        self.log = RunLog(None, 0, self.total_steps)
+        self._clock = _Clock(0)
+
+    def _begin(self) -> None:
         if self.processes.is_first:
             self.folder.claim()
         self._restore()
@@ -220,31 +227,24 @@ class Trainer:
         if start and self.processes.is_first:
             _logger.info("resuming %s at step %d of %d", self.folder.path, start, self.total_steps)
         started = time.monotonic() - self.seconds
-        with (
-            StopSignals() as stop,
-            self._open_log(start) as self._log,
-        ):
+        with StopSignals() as stop, self._open_log(start) as self.log:
             batches = train_loader(
                 self.train_images, self._order(start, self.total_steps), config.data.workers, self.device
             )
-            clock = _Clock(start)
+            self._clock = _Clock(start)
             while True:
                 self.seconds = time.monotonic() - started
                 asked = self.processes.agree(stop.number)
                 if self._evaluation_is_due() and not asked:
                     self._evaluate(lambda: stop.number != 0)
                     asked = max(self.processes.gather(stop.number))
-                    clock = _Clock(self.step)
+                    self._clock = _Clock(self.step)
                 if asked:
                     self._save()
                     raise RunStoppedError(asked, self.step)
                 if self.step == self.total_steps:
                     break
-                self._train_step(batches)
-                self._log.advance()
-                if self.step % config.run.log_steps == 0 or self.step == self.total_steps:
-                    self._report(clock)
-                    clock = _Clock(self.step)
+                self.advance(batches)
                 if config.run.checkpoint_steps and self.step % config.run.checkpoint_steps == 0:
                     self.seconds = time.monotonic() - started
                     self._save()
@@ -257,6 +257,13 @@ class Trainer:
     def _open_log(self, start: int) -> RunLog:
         path = self.folder.log if self.processes.is_first else None
         return RunLog(path, start, self.total_steps, self.config.run.tensorboard)
+
+    def advance(self, batches: Iterator[Batch]) -> None:
+        """Take a step, and report it and those before it when it is time."""
+        self._train_step(batches)
+        self.log.advance()
+        if self.step % self.config.run.log_steps == 0 or self.step == self.total_steps:
+            self._report()
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         passes = self.config.optim.accumulation
@@ -316,22 +323,23 @@ class Trainer:
         self.optimizer.zero_grad()
         self.guard.restore_statistics(bad)
 
-    def _report(self, clock: _Clock) -> None:
+    def _report(self) -> None:
         self._report_faults()
         total, count = self.processes.sum(self.loss_sum).tolist()
         self.loss_sum.zero_()
         if not count:
             return
-        images = (self.step - clock.step) * self._images_per_step()
-        self._log.train(
+        images = (self.step - self._clock.step) * self.images_per_step
+        self.log.train(
             {
                 "step": self.step,
                 "epoch": self._epoch(self.step),
                 "loss": total / count,
                 "lr": max(group["lr"] for group in self.optimizer.param_groups),
-                "images_per_second": images / clock.elapsed(),
+                "images_per_second": images / self._clock.elapsed(),
             }
         )
+        self._clock = _Clock(self.step)
 
     def _report_faults(self) -> None:
         """Share what images are broken, log the steps that were skipped, and end the run after too many of either."""
@@ -340,7 +348,7 @@ class Trainer:
         skipped = self.guard.read()
         for bad in skipped:
             record = {"step": bad.step, "epoch": self._epoch(bad.step), "ranks": bad.ranks}
-            self._log.skipped(record | {"images": self._images_of(bad.step - 1)})
+            self.log.skipped(record | {"images": self._images_of(bad.step - 1)})
         if self.guard.has_failed:
             self._fail(skipped[-1])
 
@@ -392,7 +400,7 @@ class Trainer:
             self._save_weights(self.folder, "best", record)
         self.last_eval = record
         self.evaluated_step = self.step
-        self._log.evaluation(record, is_best)
+        self.log.evaluation(record, is_best)
         self.seconds += time.monotonic() - began
         self._save()
 
@@ -440,7 +448,9 @@ class Trainer:
         """The number of the epoch that ends with or contains `step`, counted from 1."""
         return (step - 1) // self.steps_per_epoch + 1
 
-    def _images_per_step(self) -> int:
+    @property
+    def images_per_step(self) -> int:
+        """Over all passes and processes."""
         return self.config.data.batch_size * self.config.optim.accumulation * self.processes.size
 
     def _metadata(self, record: dict[str, Any] | None) -> dict[str, Any]:
@@ -471,7 +481,7 @@ class Trainer:
         state = {
             "step": self.step,
             "evaluated_step": self.evaluated_step,
-            "images_per_step": self._images_per_step(),
+            "images_per_step": self.images_per_step,
             "seconds": self.seconds,
             "best": self.best,
             "last_eval": self.last_eval,
@@ -544,7 +554,7 @@ class Trainer:
                 f"{self.folder.state} was saved {'in shards' if 'shards' in state else 'whole'}, which this run does "
                 "not do; give the run.parallel of before, with several processes if it was fsdp"
             )
-        images = self._images_per_step()
+        images = self.images_per_step
         if state["images_per_step"] != images and not self.config.run.allow_config_change:
             raise ValueError(
                 f"a step had {state['images_per_step']} images and would have {images} with {self.processes.size} "
