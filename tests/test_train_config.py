@@ -34,7 +34,7 @@ def plain() -> TrainConfig:
     return TrainConfig(model=ModelConfig(name="m"), data=DataConfig(name="d"))
 
 
-def test_seven_groups_of_at_most_sixty_documented_keys() -> None:
+def test_seven_groups_of_documented_keys() -> None:
     assert list(GROUPS) == ["model", "data", "augment", "loss", "optim", "schedule", "run"]
     assert [item.name for item in fields(TrainConfig)] == list(GROUPS)
     keys = [f"{group}.{item.name}" for group, cls in GROUPS.items() for item in fields(cls)]
@@ -62,6 +62,11 @@ def test_every_key_can_be_set_on_the_command_line() -> None:
         "schedule.name": "poly",
         "schedule.min_lr": 0.01,
         "run.precision": "bfloat16",
+        "run.parallel": "fsdp",
+        "loss.name": "binary_cross_entropy",
+        "loss.feature_weight": 0.0,
+        "model.freeze": ["stem"],
+        "schedule.image_sizes": {2: 48},
     }
     nullable = {
         "model.checkpoint_path": "text",
@@ -75,6 +80,7 @@ def test_every_key_can_be_set_on_the_command_line() -> None:
         "optim.clip_grad": 0.25,
         "optim.ema_decay": 0.25,
         "run.output": "text",
+        "run.compile": "text",
     }
     words, wanted = [], {}
     for group, cls in GROUPS.items():
@@ -84,7 +90,7 @@ def test_every_key_can_be_set_on_the_command_line() -> None:
             value = special.get(key, nullable.get(key, values.get(type(default))))
             assert value is not None, key
             words += [f"--{key}", value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)]
-            wanted[key] = tuple(value) if isinstance(value, list) else value
+            wanted[key] = tuple(value) if isinstance(value, list) and key != "model.freeze" else value
     config = parse_config(words)
     assert {f"{group}.{key}": value for group, keys in asdict(config).items() for key, value in keys.items()} == wanted
 
@@ -113,7 +119,7 @@ def test_command_line_wins_over_the_file_and_later_files_over_earlier_ones(tmp_p
         (["--optim.lr", "fast"], "optim.lr.*Expected a float.*fast"),
         (["--data.batch_size", "1.5"], "data.batch_size.*int.*1.5"),
         (["--run.tensorboard", "maybe"], "run.tensorboard.*bool.*maybe"),
-        (["--run.precision", "float16"], "run.precision.*float16"),
+        (["--run.precision", "float64"], "run.precision.*float64"),
         (["--model.options", "[1]"], "model.options.*dict"),
         (["--augment.scale", "[0.1]"], "augment.scale"),
         (["stray"], "stray"),

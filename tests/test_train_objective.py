@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import striate
 from striate.train.config import LossConfig, parse_config
+from striate.train.data import train_loader
 from striate.train.loop import Trainer, train
-from striate.train.objective import Objective, Teacher, build_teacher
+from striate.train.objective import Objective, Teacher, WithMap, attention_transfer, build_teacher
 from train_helpers import arguments, first_difference, record_of, small_config, stop_after, write_small_npz
 
 CPU = torch.device("cpu")
@@ -201,3 +202,49 @@ def test_a_run_as_teacher_brings_its_own_options(images, tmp_path) -> None:
         build_teacher(config, 10, 3, PREPROCESS, CPU)
     with pytest.raises(ValueError, match="has 10 classes, the model 7"):
         build_teacher(LossConfig(teacher=str(tmp_path / "teacher")), 7, 3, PREPROCESS, CPU)
+
+
+class TestMaps:
+    """Attention transfer: where the last map is active, whatever its channels and size."""
+
+    def test_it_is_its_formula(self) -> None:
+        own, wanted = torch.randn(2, 3, 4, 5), torch.randn(2, 7, 4, 5)
+        places = [x.square().sum(1).flatten(1) for x in (own, wanted)]
+        a, b = (x / x.norm(dim=1, keepdim=True) for x in places)
+        assert float(attention_transfer(own, wanted)) == pytest.approx(float(((a - b) ** 2).sum() / 2), rel=1e-5)
+        assert float(attention_transfer(own, 3 * own)) == pytest.approx(0, abs=1e-6)
+        assert float(attention_transfer(own, own.roll(1, 2))) > 0.01
+
+    def test_a_larger_map_is_averaged(self) -> None:
+        own = torch.randn(2, 3, 2, 2)
+        larger = own.repeat_interleave(4, 2).repeat_interleave(3, 3)
+        assert float(attention_transfer(own, larger)) == pytest.approx(0, abs=1e-6)
+
+    @pytest.mark.parametrize("name", ["biformer_nano", "test_vit"])
+    def test_the_outputs_stay(self, name: str) -> None:
+        options = {"img_size": 64} if name == "test_vit" else {}
+        model = striate.create_model(name, num_classes=5, **options).eval()
+        x = torch.randn(2, 3, 64, 64)
+        outputs, maps = WithMap(model)(x)
+        assert torch.allclose(outputs, model(x), atol=1e-6)
+        assert maps.shape[:2] == (2, model.num_features)
+
+    def test_a_run_learns_it(self, images: Path, tmp_path: Path) -> None:
+        """The loss is the one without it plus so much of the distance."""
+        weights = tmp_path / "teacher.safetensors"
+        safetensors.torch.save_file(timm.create_model("test_efficientnet", num_classes=10).state_dict(), weights)
+        teacher = {"loss__teacher": "test_efficientnet", "loss__teacher_options": {"checkpoint_path": str(weights)}}
+        losses = {}
+        for weight in (0.0, 2.0):
+            keys = {"data__image_size": 96, "loss__feature_weight": weight}  # a map of one place has nothing to tell
+            config = small_config(images, tmp_path / str(weight), **teacher, **keys)
+            with Trainer(config) as trainer:
+                batch = next(train_loader(trainer.train_images, trainer._order(0, 1), 0, CPU))
+                losses[weight] = trainer._loss(batch, 0, 0).detach()
+        assert 0 < float(losses[2.0] - losses[0.0]) <= 4
+
+    def test_only_with_a_teacher(self, images: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"loss.feature_weight is 1.0, but must be 0 without a teacher"):
+            small_config(images, tmp_path, loss__feature_weight=1.0)
+        with pytest.raises(ValueError, match="needs models with forward_intermediates; Identity has none"):
+            WithMap(nn.Identity())

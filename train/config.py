@@ -132,6 +132,9 @@ class LossConfig:
         0.5,
         "part of the loss that comes from the teacher, in [0, 1], through the model's own head for it if it has one",
     )
+    feature_weight: float = _key(
+        0.0, "how much to learn where in its last map the teacher is active (attention transfer, arXiv 1612.03928)"
+    )
     temperature: float = _key(1.0, "of the teacher's and the model's probabilities; 0 = learn the teacher's decisions")
 
 
@@ -423,6 +426,14 @@ def check_config(config: TrainConfig) -> None:
             "{} without a teacher",
         ),
         ("loss.distillation_weight", loss.distillation_weight, 0 <= loss.distillation_weight <= 1, "in [0, 1]"),
+        ("loss.feature_weight", loss.feature_weight, 0 <= loss.feature_weight < math.inf, ">= 0"),
+        ("loss.feature_weight", loss.feature_weight, not loss.feature_weight or loss.teacher, "0 without a teacher"),
+        (
+            "loss.feature_weight",
+            loss.feature_weight,
+            not loss.feature_weight or loss.tet is None,
+            "0 with loss.tet: maps of single time steps are not compared",
+        ),
         ("loss.temperature", loss.temperature, 0 <= loss.temperature < math.inf, ">= 0"),
         ("optim.lr", optim.lr, 0 < optim.lr < math.inf, "> 0"),
         ("optim.reference_batch", optim.reference_batch, (optim.reference_batch or 1) >= 1, ">= 1"),

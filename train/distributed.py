@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import RunConfig
@@ -139,34 +139,40 @@ def _store() -> dist.Store:
 class Replica:
     """The model as this process trains it: itself, a copy that exchanges gradients, or a shard of it.
 
-    `forward` is what to call in training. `module` is the model, which holds the parameters to optimise and is what to
-    evaluate. `sharded` tells whether that takes all processes at the same time.
+    `forward` is what to call in training: the model, or what `wrap` makes of it. `module` is the model, which holds the
+    parameters to optimise and is what to evaluate. `sharded` tells whether that takes all processes at the same time.
 
     Raises:
         ValueError: `sync_batchnorm` without CUDA.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, processes: Processes) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        processes: Processes,
+        wrap: Callable[[nn.Module], nn.Module],
+    ) -> None:
         self.processes = processes
         self.sharded = config.parallel == "fsdp" and processes.size > 1
         if config.sync_batchnorm:
             if processes.device.type != "cuda":
                 raise ValueError(f"run.sync_batchnorm needs CUDA, but run.device is {processes.device}; leave it out")
             model = convert_sync_batchnorm(model)
-        if config.compile is not None:
-            model.compile(backend=config.compile)
         self.module = shard(model, processes) if self.sharded else model
-        self.forward: nn.Module = self.module
+        self.forward: nn.Module = wrap(self.module)
+        if config.compile is not None:
+            self.forward.compile(backend=config.compile)
         if processes.size > 1 and not self.sharded:
             on_gpu = processes.device.type == "cuda"
             self.forward = DistributedDataParallel(
-                model, device_ids=[processes.device.index] if on_gpu else None, gradient_as_bucket_view=True
+                self.forward, device_ids=[processes.device.index] if on_gpu else None, gradient_as_bucket_view=True
             )
 
     def exchanging(self, gradients: bool) -> AbstractContextManager[Any]:
         """Around a forward and backward pass: whether its gradients are exchanged, or kept for the next one to add."""
-        if isinstance(self.forward, FSDPModule):
-            self.forward.set_requires_gradient_sync(gradients)
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(gradients)
         elif isinstance(self.forward, DistributedDataParallel) and not gradients:
             return self.forward.no_sync()
         return nullcontext()
@@ -184,7 +190,11 @@ def shard(model: nn.Module, processes: Processes) -> nn.Module:
     mesh = init_device_mesh(processes.device.type, (processes.size,))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in ("forward_intermediates", "forward_head"):
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+    return model
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -96,6 +97,17 @@ class RunLog:
             for key, value in record.items():
                 if isinstance(value, float):
                     self._writer.add_scalar(f"{record['type']}/{key}", value, record["step"])
+
+
+class Clock:
+    """Measures the speed from `step` on."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._began = time.monotonic()
+
+    def elapsed(self) -> float:
+        return max(time.monotonic() - self._began, 1e-9)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -42,9 +42,9 @@ from .data import (
 from .distributed import Processes, Replica, load_shards, save_shards, shard, share_buffers, whole_state_dict
 from .evaluate import EvalResult, autocast, check_labels, evaluate
 from .guard import BadStep, Guard, first_bad_module
-from .log import RunLog
+from .log import Clock, RunLog
 from .model import adopt_preprocess, build_model, count_parameters, prepare
-from .objective import Objective, build_teacher
+from .objective import Objective, WithMap, build_teacher
 from .optim import build_ema, build_loss, build_mixup, build_optimizer, build_scheduler, lr_scale
 from .sampler import TrainingOrder
 from .seeding import derive_seed, seed_all
@@ -129,7 +129,7 @@ class Trainer:
         self.last_eval: dict[str, Any] | None = None
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=self.device)  # and how many losses it is of
         self.log = RunLog(None, 0, self.total_steps)
-        self._clock = _Clock(0)
+        self._clock = Clock(0)
 
     def _begin(self) -> None:
         if self.processes.is_first:
@@ -190,7 +190,8 @@ class Trainer:
         scale = lr_scale(config.optim, config.data.batch_size, self.processes.size)
         self.steps_per_epoch = self._order(0, 0).steps_per_epoch
         self.ema = build_ema(config.optim, self.model)
-        self.replica = Replica(self.model, config.run, self.processes)
+        wrap = WithMap if config.loss.feature_weight else _itself
+        self.replica = Replica(self.model, config.run, self.processes, wrap)
         self.model = self.replica.module
         if self.ema is not None and self.replica.sharded:
             self.ema.module = shard(self.ema.module, self.processes)
@@ -231,14 +232,14 @@ class Trainer:
             batches = train_loader(
                 self.train_images, self._order(start, self.total_steps), config.data.workers, self.device
             )
-            self._clock = _Clock(start)
+            self._clock = Clock(start)
             while True:
                 self.seconds = time.monotonic() - started
                 asked = self.processes.agree(stop.number)
                 if self._evaluation_is_due() and not asked:
                     self._evaluate(lambda: stop.number != 0)
                     asked = max(self.processes.gather(stop.number))
-                    self._clock = _Clock(self.step)
+                    self._clock = Clock(self.step)
                 if asked:
                     self._save()
                     raise RunStoppedError(asked, self.step)
@@ -339,7 +340,7 @@ class Trainer:
                 "images_per_second": images / self._clock.elapsed(),
             }
         )
-        self._clock = _Clock(self.step)
+        self._clock = Clock(self.step)
 
     def _report_faults(self) -> None:
         """Share what images are broken, log the steps that were skipped, and end the run after too many of either."""
@@ -581,16 +582,9 @@ class Trainer:
         }
 
 
+def _itself(model: torch.nn.Module) -> torch.nn.Module:
+    return model
+
+
 def _counts(result: EvalResult) -> tuple[float, ...]:
     return result.correct, result.correct5, result.total, result.loss * result.total
-
-
-class _Clock:
-    """Measures the speed from `step` on."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self._began = time.monotonic()
-
-    def elapsed(self) -> float:
-        return max(time.monotonic() - self._began, 1e-9)

@@ -44,15 +44,23 @@ class Objective:
         if config.teacher is not None and getattr(model, "head_dist", None) is not None:
             model.set_distilled_training(True)  # type: ignore[operator]
 
-    def __call__(self, outputs: Tensor | Sequence[Tensor], labels: Tensor, hints: Tensor | None = None) -> Tensor:
+    def __call__(self, outputs: Any, labels: Tensor, hints: Any = None) -> Tensor:
         """The loss, a scalar in float32, or float64 if the outputs are.
 
         Args:
             outputs: of the model in training: logits `(B, classes)`, with `tet` `(T, B, classes)`, or a pair of them of
-                which the second learns from the teacher.
+                which the second learns from the teacher. With `feature_weight` a pair of these and the last map, as
+                `WithMap` gives them.
             labels: class numbers `(B,)`, or probabilities `(B, classes)`.
-            hints: logits of the teacher `(B, classes)`.
+            hints: logits of the teacher `(B, classes)`, with `feature_weight` and its last map.
         """
+        if self.config.feature_weight and hints is not None:
+            (outputs, own), (hints, wanted) = outputs, hints
+            transfer = self.config.feature_weight * attention_transfer(_at_least_float(own), _at_least_float(wanted))
+            return self._of_logits(outputs, labels, hints) + transfer
+        return self._of_logits(outputs, labels, hints)
+
+    def _of_logits(self, outputs: Tensor | Sequence[Tensor], labels: Tensor, hints: Tensor | None) -> Tensor:
         logits, pupil = outputs if isinstance(outputs, (tuple, list)) else (outputs, outputs)
         loss = self._from_labels(_at_least_float(logits), labels)
         if hints is None:
@@ -75,6 +83,39 @@ class Objective:
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * t**2
 
 
+def attention_transfer(own: Tensor, wanted: Tensor) -> Tensor:
+    """How differently two maps `(B, C, H, W)`, of any channels and sizes, are active over their places, a scalar.
+
+    The mean square over channels, as a vector of length 1 over the places (arXiv 1612.03928, "activation-based"); the
+    squared distance of both, which is in [0, 2], is averaged over the batch.
+    """
+    if own.shape[2:] != wanted.shape[2:]:
+        wanted = F.interpolate(wanted.square().mean(1, keepdim=True), own.shape[2:], mode="area").sqrt()
+    places = [F.normalize(x.square().mean(1).flatten(1), dim=1) for x in (own, wanted)]
+    return (places[0] - places[1]).square().sum(1).mean()
+
+
+class WithMap(nn.Module):
+    """A model that returns its last map `(B, C, H, W)` too, through timm's `forward_intermediates`.
+
+    Raises:
+        ValueError: the model has no such method.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not hasattr(model, "forward_intermediates"):
+            raise ValueError(
+                f"loss.feature_weight needs models with forward_intermediates; {type(model).__name__} has none"
+            )
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Any, Tensor]:
+        """Outputs as of the model, and its map."""
+        features, maps = self.model.forward_intermediates(images, indices=1)  # type: ignore[operator]
+        return self.model.forward_head(features), maps[-1]  # type: ignore[operator]
+
+
 def _at_least_float(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -82,8 +123,11 @@ def _at_least_float(x: Tensor) -> Tensor:
 class Teacher:
     """A frozen model that answers for images which were normalised for its pupil."""
 
-    def __init__(self, model: nn.Module, preprocess: Mapping[str, Any], device: torch.device) -> None:
-        self.model = model.to(device).eval().requires_grad_(False)
+    def __init__(
+        self, model: nn.Module, preprocess: Mapping[str, Any], device: torch.device, with_map: bool = False
+    ) -> None:
+        model = model.to(device).eval().requires_grad_(False)
+        self.model = WithMap(model) if with_map else model
         cfg = getattr(model, "pretrained_cfg", None) or preprocess
         mean, std, own_mean, own_std = (
             torch.tensor(source[key], dtype=torch.float32, device=device)[:, None, None]
@@ -93,8 +137,8 @@ class Teacher:
         self.factor, self.offset = std / own_std, (mean - own_mean) / own_std
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits `(B, classes)`."""
+    def __call__(self, images: Tensor) -> Any:
+        """Logits `(B, classes)`, and the last map if asked for it."""
         return self.model(images * self.factor + self.offset)
 
 
@@ -119,7 +163,7 @@ def build_teacher(
         model = _named_teacher(config, num_classes, in_chans)
     if getattr(model, "num_classes", num_classes) != num_classes:
         raise ValueError(f"loss.teacher {config.teacher} has {model.num_classes} classes, the model {num_classes}")
-    return Teacher(model, preprocess, device)
+    return Teacher(model, preprocess, device, config.feature_weight > 0)
 
 
 def _named_teacher(config: LossConfig, num_classes: int, in_chans: int) -> nn.Module:
