@@ -58,7 +58,7 @@ def test_every_key_can_be_set_on_the_command_line() -> None:
         "model.in_chans": 1,
         "data.image_size": [32, 48],
         "augment.scale": [0.3, 0.9],
-        "optim.clip_mode": "agc",
+        "optim.clip_mode": "value",
         "schedule.name": "poly",
         "schedule.min_lr": 0.01,
         "run.precision": "bfloat16",
@@ -141,6 +141,13 @@ def test_command_line_wins_over_the_file_and_later_files_over_earlier_ones(tmp_p
         (["--data.workers", "-1"], "data.workers is -1"),
         (["--data.image_size", "[32, 0]"], r"data.image_size is \(32, 0\)"),
         (["--run.seed", "-1"], "run.seed is -1"),
+        (["--run.parallel", "fsdp", "--run.precision", "float16"], "run.precision is float16, but must be bfloat16 or"),
+        (
+            ["--run.parallel", "fsdp", "--optim.clip_grad", "1", "--optim.clip_mode", "agc"],
+            "clip_mode is agc, but must be norm or value",
+        ),
+        (["--schedule.image_sizes", "{-1: 64}"], "schedule.image_sizes"),
+        (["--data.broken_limit", "2"], "data.broken_limit is 2.0"),
         (["--run.log_steps", "0"], "run.log_steps is 0"),
     ],
 )

@@ -65,7 +65,8 @@ class DataConfig:
 
     name: str = _required(
         "fashion-mnist-subset (embedded), fashion-mnist (idx files in root), npz (root is the file), folder (images in "
-        "root/split/class/), or a data set of timm: torch/cifar10, hfds/name, …"
+        "root/split/class/), tar (root/split.tar), wds (shards root/split-*.tar), or one of timm's: torch/cifar10, "
+        "hfds/name, …"
     )
     root: str | None = _key(None, "folder or file of the data set")
     train_split: str = _key("train", "split or sub-folder to train on")
@@ -460,6 +461,18 @@ def check_config(config: TrainConfig) -> None:
         ),
         ("run.seed", run.seed, 0 <= run.seed < 2**63, "in [0, 2**63)"),
         ("run.checkpoint_steps", run.checkpoint_steps, run.checkpoint_steps >= 0, ">= 0"),
+        (
+            "run.precision",
+            run.precision,
+            run.parallel != "fsdp" or run.precision != "float16",
+            "bfloat16 or float32 with run.parallel fsdp",
+        ),
+        (
+            "optim.clip_mode",
+            optim.clip_mode,
+            run.parallel != "fsdp" or optim.clip_grad is None or optim.clip_mode != "agc",
+            "norm or value with run.parallel fsdp",
+        ),
         ("run.max_skipped", run.max_skipped, run.max_skipped >= 0, ">= 0"),
         ("run.log_steps", run.log_steps, run.log_steps >= 1, ">= 1"),
         ("run.eval_epochs", run.eval_epochs, run.eval_epochs >= 1, ">= 1"),
