@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from striate.train.augment import eval_transform, train_transform
 from striate.train.config import AugmentConfig, DataConfig
 from striate.train.data import (
+    Batch,
+    BrokenImage,
     EvalImages,
     TrainImages,
     eval_loader,
@@ -50,22 +53,11 @@ def idx_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
-    """train/ with the classes cat, dog, owl and val/ with cat and owl only, all of one colour per class."""
-    colours = {"cat": (250, 0, 0), "dog": (0, 250, 0), "owl": (0, 0, 250)}
-    for split, classes in (("train", ("cat", "dog", "owl")), ("val", ("cat", "owl"))):
-        for name in classes:
-            (tmp_path / split / name).mkdir(parents=True)
-            for number in range(4):
-                Image.new("RGB", (20, 24), colours[name]).save(tmp_path / split / name / f"{number}.png")
-    return tmp_path
-
-
 def training_images(options: AugmentConfig, size: int = 16, seed: int = 5) -> TrainImages:
     config = DataConfig(**SUBSET_OPTIONS, image_size=size)
     preprocess = resolve_preprocess(config, 3, {"mean": (0.5,) * 3, "std": (0.25,) * 3})
-    return TrainImages(open_source(config, "train", 3).images, train_transform(options, preprocess), "RGB", seed)
+    transform = train_transform(options, preprocess)
+    return TrainImages(open_source(config, "train", 3).images, lambda epoch: transform, "RGB", seed)
 
 
 class TestSubset:
@@ -211,23 +203,6 @@ class TestSources:
             with pytest.raises(ValueError, match=message):
                 open_source(DataConfig(name="npz", root=str(tmp_path / f"{name}.npz")), "train", 3)
 
-    def test_folder_keeps_the_class_numbers_of_training(self, image_folder: Path) -> None:
-        config = DataConfig(name="folder", root=str(image_folder))
-        train, held_out = open_sources(config, 3)
-        assert train.classes == held_out.classes == ["cat", "dog", "owl"]
-        labels = {image.getpixel((0, 0)): label for image, label in (held_out.images[i] for i in range(8))}
-        assert labels == {(250, 0, 0): 0, (0, 0, 250): 2}
-
-    def test_folder_without_the_split_is_refused(self, image_folder: Path) -> None:
-        config = DataConfig(name="folder", root=str(image_folder), eval_split="holdout")
-        with pytest.raises(ValueError, match="no folder for the split 'holdout'"):
-            open_sources(config, 3)
-
-    def test_torchvision(self, image_folder: Path) -> None:
-        source = open_source(DataConfig(name="torch/image_folder", root=str(image_folder)), "val", 3)
-        assert source.classes == ["cat", "owl"]
-        assert source.images[7][1] == 1
-
     @pytest.mark.parametrize(
         ("config", "message"),
         [
@@ -301,7 +276,7 @@ class TestAugmentation:
     def test_policies_work_on_many_images(self, policy: str) -> None:
         images = training_images(AugmentConfig(auto_augment=policy))
         for number in range(300):
-            image, _ = images[SampleKey(number, 0, 0)]
+            image = images[SampleKey(number, 0, 0)][0]
             assert torch.isfinite(image).all()
 
     def test_a_sample_is_a_function_of_its_key(self) -> None:
@@ -323,9 +298,34 @@ class TestLoaders:
         order = TrainingOrder(120, 20, seed=5, start_step=4, stop_step=9)
         loads = [list(train_loader(images, order, workers, CPU)) for workers in (0, 2)]
         assert len(loads[0]) == len(loads[1]) == 5
-        for (alone, labels), (helped, same_labels) in zip(*loads, strict=True):
-            assert torch.equal(alone, helped)
-            assert torch.equal(labels, same_labels)
+        for alone, helped in zip(*loads, strict=True):
+            assert torch.equal(alone.images, helped.images)
+            assert torch.equal(alone.labels, helped.labels)
+            assert alone.broken == helped.broken == ()
+        assert alone.images.shape == (20, 3, 16, 16)
+        assert (alone.images.dtype, alone.labels.dtype) == (torch.float32, torch.int64)
+
+    def test_transform_of_the_epoch(self) -> None:
+        """Sides of 16 pixels, and 24 from epoch 1 on; a step has one size, and the loader does not stop between."""
+        config = DataConfig(**SUBSET_OPTIONS)
+        transforms = [train_transform(AugmentConfig(), resolve_preprocess(config, 1, {"input_size": (1, side, side)}))
+                      for side in (16, 24)]  # fmt: skip
+        few = [open_source(config, "train", 1).images[number] for number in range(8)]
+        images = TrainImages(few, lambda epoch: transforms[epoch > 0], "L", 5)
+        order = TrainingOrder(8, 4, seed=5, stop_step=6)
+        sides = [batch.images.shape[-1] for batch in train_loader(images, order, 2, CPU)]
+        assert sides == [16, 16, 24, 24, 24, 24]
+
+    def test_batches_can_be_pinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What torch does to a batch on its way to a GPU keeps its kind and the broken images."""
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *device: tensor + 0)
+        batch = Batch(torch.zeros(2, 3, 4, 4), torch.tensor([1, 2]), (BrokenImage(3, "a.png", "gone"),))
+        pinned = pin_memory(batch)
+        assert isinstance(pinned, Batch)
+        assert torch.equal(pinned.labels, batch.labels)
+        assert pinned.images is not batch.images
+        assert list(pinned.broken) == list(batch.broken)
+        assert isinstance(pinned.broken[0], BrokenImage)
 
     @pytest.mark.parametrize("world_size", [1, 3])
     def test_evaluation_sees_every_image_once(self, world_size: int) -> None:

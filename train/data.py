@@ -1,8 +1,9 @@
 """Data sets, transforms and loaders.
 
 The embedded set, `.npz` files and MNIST-like idx folders are read here; everything else through timm.data
-(image folders, tar files, `torch/…`, `hfds/…`). Only data sets with an index can be resumed to the step, so the
-streaming readers (`hfids/`, `tfds/`, `wds/`) are refused. docs/data.md has an example of each.
+(image folders, tar files, `torch/…`, `hfds/…`) or, for WebDataset shards, train/readers.py. Only data sets with an
+index can be resumed to the step, so the streaming readers (`hfids/`, `tfds/`) are refused. docs/data.md has an example
+of each.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from .augment import PREPROCESS_KEYS, Transform
 from .config import DataConfig
 from .datasets import FASHION_MNIST_CLASSES, SUBSET
 from .datasets.idx import read_idx_split
+from .readers import ShardReader
 from .sampler import SampleKey, TrainingOrder
 from .seeding import derive_seed, seed_all
 
 _HELD_OUT = {"test", "val", "valid", "validation", "eval"}
-_STREAMS = ("hfids/", "tfds/", "wds/")
+_STREAMS = ("hfids/", "tfds/")
 _LISTED = 20  # broken images in an error message
 _TRIES = 20  # an image to replace a broken one is found at the first or second, unless most are broken
 _IMAGE_MODES = {1: "L", 3: "RGB"}
@@ -98,7 +100,7 @@ class ReaderImages:
 class BrokenImage(NamedTuple):
     """An image that could not be read: its number in the data set, its file, and why."""
 
-    index: int
+    number: int
     path: str
     reason: str
 
@@ -132,7 +134,7 @@ class BrokenImages:
         Raises:
             BrokenDataError: there are too many; lists the first of them.
         """
-        new = {image.index: image for image in broken if image.index not in self._found}
+        new = {image.number: image for image in broken if image.number not in self._found}
         self._found |= new
         if len(self._found) > self.limit * self.num_images:
             listed = "; ".join(f"{image.path} ({image.reason})" for image in list(self._found.values())[:_LISTED])
@@ -312,7 +314,9 @@ def _open_timm(config: DataConfig, split: str, in_chans: int, class_to_idx: dict
     try:
         if config.name == "tar":
             # Without open files, because processes that share one move each other's place in it.
-            return ReaderImages(ReaderImageInTar(str(_tar_path(config.root, split)), cache_tarfiles=True, **options))
+            return ReaderImages(ReaderImageInTar(str(_tar_path(config.root, split)), cache_tarfiles=False, **options))
+        if config.name.partition("/")[0] == "wds":
+            return ReaderImages(ShardReader(_existing(config.root), split, **options))
         name, root = ("", _split_root(config.root, split)) if config.name == "folder" else (config.name, config.root)
         images = create_dataset(name, root=root, split=split, input_img_mode=image_mode(in_chans), **options)
     except (AssertionError, TypeError, RuntimeError, ImportError) as error:
@@ -323,19 +327,21 @@ def _open_timm(config: DataConfig, split: str, in_chans: int, class_to_idx: dict
     return ReaderImages(images.reader) if isinstance(images, ImageDataset) else images
 
 
-def _split_root(root: str | None, split: str) -> str:
+def _existing(root: str | None) -> Path:
     if root is None or not Path(root).exists():
         raise FileNotFoundError(f"data.root {root} does not exist; give the folder that holds the images")
-    if not Path(root).is_dir():
+    return Path(root)
+
+
+def _split_root(root: str | None, split: str) -> str:
+    if not _existing(root).is_dir():
         raise ValueError(f"data.root {root} is a file; give the folder above {split}/class/, or use data.name tar")
-    return root
+    return str(root)
 
 
 def _tar_path(root: str | None, split: str) -> Path:
     """The split's tar file, of class folders or of a tar file per class, or its folder of a tar file per class."""
-    if root is None:
-        raise ValueError(f"data.root is needed: the folder with {split}.tar, or with a folder {split} of tar files")
-    for path in (Path(root) / f"{split}.tar", Path(root) / split):
+    for path in (_existing(root) / f"{split}.tar", _existing(root) / split):
         if path.exists():
             return path
     raise FileNotFoundError(f"data.root {root} has neither {split}.tar nor a folder {split}; name the splits in data.*")
@@ -394,9 +400,8 @@ def train_loader(images: TrainImages, order: TrainingOrder, workers: int, device
 
 
 def _collate(samples: list[tuple[Tensor, int, tuple[BrokenImage, ...]]]) -> Batch:
-    images, labels, broken = zip(*samples, strict=True)
-    batch = default_collate(list(zip(images, labels, strict=True)))
-    return Batch(*batch, tuple(itertools.chain.from_iterable(broken)))
+    images, labels = default_collate([sample[:2] for sample in samples])
+    return Batch(images, labels, tuple(itertools.chain.from_iterable(broken for _, _, broken in samples)))
 
 
 def eval_loader(

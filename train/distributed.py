@@ -59,7 +59,7 @@ class Processes:
                 dist.init_process_group(backend, timeout=TIMEOUT, store=_store(), rank=self.rank, world_size=self.size)
                 self._owns_group = True
             # votes are on their way while gradients are exchanged: they must not wait in one queue
-            self._votes = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            self._votes: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def __enter__(self) -> Processes:
         return self
@@ -206,7 +206,9 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with whole tensors, on the CPU if the model is sharded; then all processes have to call this."""
-    return get_model_state_dict(model, options=_WHOLE) if isinstance(model, FSDPModule) else model.state_dict()
+    if isinstance(model, FSDPModule):
+        return dict(get_model_state_dict(model, options=_WHOLE))  # type: ignore[arg-type]
+    return model.state_dict()
 
 
 def save_shards(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -164,7 +165,7 @@ class Trainer:
         adopt_preprocess(self.model, self.preprocess, num_classes, self.classes)
         self.description = describe(self.model)
         self.memory_format = torch.channels_last if config.run.channels_last else torch.contiguous_format
-        self.model.to(self.device, memory_format=self.memory_format).train()
+        self.model.to(self.device).to(memory_format=self.memory_format).train()
         prepare(self.model, config.model)
         mode = image_mode(in_chans)
         self.train_images = TrainImages(train_source.images, self._transform_at, mode, config.run.seed)
@@ -430,6 +431,7 @@ class Trainer:
         missing = -(-largest // self.config.data.batch_size) - len(loader)
         for _ in range(missing if self.replica.sharded else 0):
             assert images is not None
+            assert labels is not None
             yield images[:0], labels[:0]
 
     def _share_buffers(self) -> None:
@@ -576,6 +578,9 @@ class Trainer:
             "seconds": round(self.seconds, 1),
             "seed": self.config.run.seed,
             "device": str(self.device),
+            "world_size": self.processes.size,
+            "platform": platform.platform(),
+            "python": platform.python_version(),
             "best": self.best,
             "final": self.last_eval,
             "versions": {"striate": __version__, "torch": torch.__version__, "timm": timm.__version__},
