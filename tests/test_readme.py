@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +27,19 @@ MAX_LINES = 10
 
 # What makes a command of the README short enough for a test; everything else in it is run as it is written.
 SHORTER = {
+    "train --recipe": "--data.eval_split validation --data.batch_size 2 --optim.accumulation 1",
     "train --config biformer/nano_fashion": "--data.name npz --data.root tiny.npz",
     "train --config spikformer/nano_fashion": "--data.name npz --data.root tiny.npz",
     "train --config mst/nano_fashion": "--data.name npz --data.root tiny.npz",
     "train --config bivit": "--data.name npz --data.root tiny.npz",
     "validate runs/masked": "--data.workers 0",
+    "validate average": "--data.name npz --data.root tiny.npz --data.workers 0",
+    "export swin_tiny": "--size '[40, 40]' --model.options '{depths: [1], num_heads: [1], dim: 8, window: 4}'",
     "profile": "--images 2 --data.workers 0",
     "train --model.name swin_tiny": "--data.image_size 64 --data.batch_size 2",
     "train": "--schedule.epochs 1 --schedule.warmup_epochs 0 --data.workers 0",
     "kernels": "--op gated_linear_attention",
+    "benchmark vig_h_tiny": "--sizes 64,96",
     "benchmark --ops": "--ops channel_attention",
     "benchmark": "--batch 1 --rounds 1 --no-memory --no-train",
 }
@@ -78,6 +84,13 @@ def run_command(command: str) -> None:
         except SystemExit as exit_:  # --help
             code = exit_.code  # type: ignore[assignment]
         assert not code, f"{command} ended with {code}"
+    elif words[0] == "torchrun":
+        short = shlex.split(
+            f"{SHORTER['train --config biformer/nano_fashion']} {SHORTER['train']} --data.batch_size 32"
+        )
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run([*launcher, *words[1:], *short], check=True, capture_output=True, env=environment, timeout=300)
     elif command == "pip install .":
         assert (ROOT / "pyproject.toml").is_file()  # installing is what the packaging test does
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,8 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == striate.list_models("biformer_*")
     assert main(["list", "--family", "swin"]) == 0
     assert "swin_tiny" in capsys.readouterr().out.split()
+    assert main(["list", "biformer_*", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == striate.list_models("biformer_*")
     assert main(["list", "nothing*"]) == 2
     assert "no model matches 'nothing*'" in capsys.readouterr().err
 
@@ -74,8 +77,21 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for word in ("biformer_tiny", "3 x 224 x 224", "13.1 M", "81.4 %", "https://arxiv.org/abs/2303.08810", "MIT"):
         assert word in said
+    assert main(["info", "biformer_tiny", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert (known["name"], known["input_size"], known["params"]) == ("biformer_tiny", [3, 224, 224], 13.1)
+    assert (known["family"]["title"], known["family"]["licence"]) == ("BiFormer", "MIT")
+    assert "entry" not in known
     assert main(["info", "biformer_tinny"]) == 2
     assert "biformer_tiny" in capsys.readouterr().err
+
+
+def test_other_commands_take_wrong_keys_for_a_wrong_request(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("validate", "predict", "visualize", "export"):
+        assert main([name, "test_vit", "--model.naem", "x", "--output", "x"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"striate {name}: error: ")
+        assert said.count("\n") == 1
 
 
 def test_train_refuses_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,22 +128,29 @@ def test_train_resume_and_finished(
 def test_train_with_a_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_small_npz(tmp_path / "small.npz")
     assert main(["train", *arguments(root, tmp_path / "run", optim__lr=1e30, optim__clip_grad=None)]) == 1
-    assert "the loss is not finite at step" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "striate train: stopped after step" in said
+    assert "steps in a row were not finite" in said
 
 
 def test_an_accident_in_the_middle_is_not_taken_for_a_wrong_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from striate.train.state import RunFolder
 
+    errors: list[Exception] = [OSError("No space left on device"), ValueError("a bug")]
+
     def fail(*_: object) -> None:
-        raise OSError("No space left on device")
+        raise errors[0]
 
     monkeypatch.setattr(RunFolder, "save_state", fail)
     words = arguments(write_small_npz(tmp_path / "small.npz"), tmp_path / "run", schedule__epochs=2)
+    assert main(["train", *words]) == 1
+    assert "striate train: stopped after step 11: No space left on device\n" in capsys.readouterr().err
+    del errors[0]
     with pytest.raises(RuntimeError, match="training failed after step 11") as caught:
         main(["train", *words])
-    assert isinstance(caught.value.__cause__, OSError)
+    assert isinstance(caught.value.__cause__, ValueError)
     assert not isinstance(caught.value, RunStoppedError)
 
 

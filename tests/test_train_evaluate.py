@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import striate
 from striate.train.cli import main
 from striate.train.config import DataConfig, load_config
-from striate.train.evaluate import evaluate, validate
+from striate.train.data import ArrayImages, open_source
+from striate.train.evaluate import (
+    FlipAverage,
+    confusion_matrix,
+    count_real,
+    evaluate,
+    order_real_labels,
+    read_real_labels,
+    validate,
+)
 from striate.train.loop import train
 from striate.train.model import load_trained
 from train_helpers import small_config, write_small_npz
@@ -118,6 +131,122 @@ def test_command_on_a_published_model_and_on_a_checkpoint(
         assert said["loss"] == pytest.approx(best["loss"], rel=1e-5)
 
 
+def test_command_on_a_weight_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the file lies in a run folder, the data set is that of the run; elsewhere it has to be named."""
+    final = json.loads((run / "summary.json").read_text())["final"]
+    assert main(["validate", str(run / "last.safetensors"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["loss"] == pytest.approx(final["loss"], rel=1e-6)
+    copy = tmp_path / "weights.v2.safetensors"
+    copy.write_bytes((run / "last.safetensors").read_bytes())
+    assert main(["validate", str(copy), "--data.name", "npz", "--data.root", str(run.parent / "small.npz")]) == 0
+    assert f"({final['correct']}/20)" in capsys.readouterr().out
+    plain = tmp_path / "plain.safetensors"
+    save_file(load_file(copy), plain)
+    for file in (plain, run / "state.pt"):
+        assert main(["validate", str(file), "--data.name", "fashion-mnist-subset"]) == 2
+        assert f"give the model's name and --model.checkpoint_path {file}" in capsys.readouterr().err
+
+
+def test_what_the_answers_are_written_to(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    confusion, predictions = tmp_path / "confusion.csv", tmp_path / "predictions.csv"
+    files = ["--confusion", str(confusion), "--predictions", str(predictions)]
+    assert main(["validate", str(run), *files, "--json"]) == 0
+    correct = json.loads(capsys.readouterr().out)["correct"]
+    with np.load(run.parent / "small.npz") as arrays:
+        names, labels = arrays["classes"].tolist(), arrays["test_labels"].tolist()
+    rows = list(csv.reader(confusion.open(newline="")))
+    assert rows[0] == ["true", *names]
+    assert [row[0] for row in rows[1:]] == names
+    counts = np.array([[int(cell) for cell in row[1:]] for row in rows[1:]])
+    assert counts.sum(1).tolist() == np.bincount(labels, minlength=10).tolist()
+    assert counts.trace() == correct
+    answers = list(csv.DictReader(predictions.open(newline="")))
+    assert [row["true"] for row in answers] == [names[label] for label in labels]
+    for true, row in zip(names, counts, strict=True):
+        for predicted, count in zip(names, row, strict=True):
+            assert sum(a["true"] == true and a["predicted"] == predicted for a in answers) == count
+
+
+def test_rows_of_the_confusion_matrix_are_true_classes() -> None:
+    matrix = confusion_matrix(torch.tensor([0, 0, 2, 2, 2]), torch.tensor([0, 1, 0, 0, 2]), 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 0, 0], [2, 0, 1]]
+
+
+def test_flip_average(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, images = load_trained(run), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        mirrored = torch.stack([model(images), model(torch.flip(images, (3,)))]).mean(0)
+        assert torch.allclose(FlipAverage(model)(images), mirrored, atol=1e-6)
+        assert not torch.allclose(mirrored, model(images), atol=1e-3)
+    losses = []
+    for words in ([], ["--tta"]):
+        assert main(["validate", str(run), "--json", *words]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    data = load_config(run / "config.yaml").data
+    doubled = FlipAverage(model)
+    doubled.pretrained_cfg, doubled.num_classes = model.pretrained_cfg, 10
+    assert losses[1] == pytest.approx(validate(doubled, data, CPU).loss, rel=1e-6)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+def test_real_labels(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = tmp_path / "predictions.csv"
+    assert main(["validate", str(run), "--predictions", str(predictions)]) == 0
+    names = json.loads((run / "summary.json").read_text())["classes"]
+    guesses = [names.index(row["predicted"]) for row in csv.DictReader(predictions.open(newline=""))]
+    rows: list[list[int]] = [[guess, (guess + 1) % 10] for guess in guesses]
+    rows[0], rows[5], rows[6] = [], [], [(guesses[6] + 1) % 10, (guesses[6] + 2) % 10]
+    file = tmp_path / "real.json"
+    file.write_text(json.dumps(rows))
+    capsys.readouterr()
+    assert main(["validate", str(run), "--real_labels", str(file), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["real"] == {"top1": 100 * 17 / 18, "correct": 17, "total": 18}
+    assert main(["validate", str(run), "--real_labels", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "ReaL top-1 94.44 % (17/18)"
+    file.write_text(json.dumps(rows[1:]))
+    assert main(["validate", str(run), "--real_labels", str(file)]) == 2
+    assert "has labels of 19 images, the split has 20" in capsys.readouterr().err
+
+
+def test_real_labels_follow_the_names_of_files(tmp_path: Path) -> None:
+    """The class folders are read one after the other, the labels go by the numbers of the files."""
+    for name in ("b/ILSVRC2012_val_00000001.png", "a/ILSVRC2012_val_00000002.png", "b/ILSVRC2012_val_00000003.png"):
+        path = tmp_path / "validation" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    source = open_source(DataConfig(name="folder", root=str(tmp_path)), "validation", 3)
+    assert [source.images[index][1] for index in range(3)] == [0, 1, 1]
+    assert order_real_labels([[1], [2], [3]], source.images, Path("real.json")) == [[2], [1], [3]]
+    assert count_real(torch.tensor([2, 0, 5]), [[2], [1], []]) == {"top1": 50.0, "correct": 1, "total": 2}
+
+
+@pytest.mark.parametrize("text", ["[[1], 2]", '{"a": []}', "[[1.5]]", "[[true]]", "nonsense"])
+def test_what_holds_no_real_labels(tmp_path: Path, text: str) -> None:
+    (tmp_path / "real.json").write_text(text)
+    with pytest.raises(ValueError, match="real.json"):
+        read_real_labels(tmp_path / "real.json")
+
+
+def test_an_image_that_cannot_be_read_is_no_wrong_request(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = ArrayImages.__getitem__
+
+    def fail_at_7(images: ArrayImages, index: int) -> tuple[Image.Image, int]:
+        if index == 7:
+            raise OSError("image file is truncated")
+        return read(images, index)
+
+    monkeypatch.setattr(ArrayImages, "__getitem__", fail_at_7)
+    assert main(["validate", str(run), "--data.workers", "0"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("striate validate: evaluating failed: ")
+    assert said.err.endswith("image file is truncated\n")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -128,6 +257,9 @@ def test_command_on_a_published_model_and_on_a_checkpoint(
         (["RUN", "--weights", "worst"], "worst.safetensors does not exist"),
         (["RUN", "--model.options", "{num_classes: 3}"], "model.options may not hold num_classes"),
         (["RUN", "--model.options", "{tallness: 3}"], "unexpected keyword argument 'tallness'"),
+        (["RUN", "--model.checkpoint_path", "x.pth"], "--model.checkpoint_path does not go with"),
+        (["RUN", "--confusion", "/nowhere/x.csv"], "--confusion /nowhere/x.csv cannot be written"),
+        (["RUN", "--real_labels", "/nowhere/real.json"], "No such file"),
     ],
 )
 def test_wrong_requests(run: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .augment import eval_transform
 from .config import ConfigParser, DataConfig, ModelConfig, load_config
 from .data import EvalImages, LabelledImages, Source, eval_loader, image_mode, open_source, resolve_preprocess
+from .errors import CommandFailedError
 from .model import build_model, load_trained, read_metadata
 from .state import RunFolder, write_whole
 
@@ -170,7 +171,7 @@ def validate(
     Raises:
         ValueError: the data set and the model do not fit, or the configuration is wrong.
         FileNotFoundError: the data set is not there.
-        RuntimeError: an image cannot be read.
+        CommandFailedError: an image cannot be read.
     """
     source, images = open_images(model, config, in_chans)
     check_labels(source, int(model.num_classes), config.eval_split)  # type: ignore[arg-type]
@@ -182,12 +183,12 @@ def in_the_middle(work: str) -> Iterator[None]:
     """What `cli.main` takes for a wrong request becomes a failure of `work`, an accident after the request was checked.
 
     Raises:
-        RuntimeError: instead of an OSError.
+        CommandFailedError: instead of an OSError.
     """
     try:
         yield
     except OSError as error:
-        raise RuntimeError(f"{work} failed: {error}") from error
+        raise CommandFailedError(f"{work} failed: {error}") from error
 
 
 def _answer(
@@ -233,7 +234,7 @@ def read_real_labels(path: Path) -> list[list[int]]:
         labels = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); give the real.json of ImageNet-ReaL") from error
-    rows = labels if isinstance(labels, list) else [None]
+    rows: list[Any] = labels if isinstance(labels, list) else [None]
     if not all(isinstance(row, list) and all(type(number) is int for number in row) for row in rows):
         raise ValueError(f"{path} must hold a list with one list of class numbers per image, as real.json does")
     return rows
@@ -421,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         ValueError, OSError: the model, its weights or the data set cannot be had; the message says why.
-        RuntimeError: an image cannot be read.
+        CommandFailedError: an image cannot be read.
     """
     values, run = parse_source(validate_parser(), list(sys.argv[1:] if argv is None else argv))
     confusion, table = (check_output(f"--{key}", values[key]) for key in ("confusion", "predictions"))
