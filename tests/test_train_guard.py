@@ -121,6 +121,8 @@ def test_the_first_module_with_bad_numbers_is_named(images: Path, tmp_path: Path
         trainer.model.blocks[1][0].conv_exp.weight.data[0, 0] = math.nan
         with pytest.raises(NonFiniteLossError, match=r"first the output of blocks\.1\.0\.conv_exp"):
             trainer.fit()
+    dumped = torch.load(tmp_path / "run" / "nonfinite" / "state.pt", weights_only=True)["model"]
+    assert {name for name, value in dumped.items() if not value.isfinite().all()} == {"blocks.1.0.conv_exp.weight"}
 
 
 def test_half_precision_scales_the_loss_and_resumes(images: Path, tmp_path: Path, monkeypatch: Any) -> None:

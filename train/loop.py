@@ -363,9 +363,9 @@ class Trainer:
         """Save the run as it was before the last bad step, as a run folder of its own, and end."""
         self.step, dump = bad.step - 1, self.folder.path / "nonfinite"
         self.guard.in_a_row.fill_(self.guard.limit)
-        where = self._first_bad_module()
         if self.folder.path.name != dump.name:
             self._save(RunFolder(dump))
+        where = self._first_bad_module()
         ranks = f"the loss of rank {bad.ranks}" if bad.ranks else "the gradient"
         raise NonFiniteLossError(
             f"{self.guard.limit + 1} steps in a row were not finite (run.max_skipped {self.guard.limit}); in the last, "
@@ -475,9 +475,11 @@ class Trainer:
         if folder is None:
             folder = self.folder
             self._report_faults()
-        elif self.processes.is_first:
-            folder.path.mkdir(exist_ok=True)
-            folder.begin(self.config)
+        else:
+            if self.processes.is_first:
+                folder.path.mkdir(exist_ok=True)
+                folder.begin(self.config)
+            self.processes.wait()
         self._share_buffers()
         is_evaluated = self.last_eval is not None and self.last_eval["step"] == self.step
         self._save_weights(folder, "last", self.last_eval if is_evaluated else None)
