@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -171,21 +173,26 @@ class TestFiles:
         assert "safetensors could not be written (File too large" in done.stderr.splitlines()[-1]
         assert not [path.name for path in (tmp_path / "run").iterdir() if path.suffix in (".tmp", ".pt")]
 
-    def test_killed_while_a_state_is_written(self, images: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def test_killed_while_a_state_is_written(self, images: Path, tmp_path: Path) -> None:
         """Half of a new state is on the disk beside the old one: the run goes on from the old one."""
         train(small_config(images, tmp_path / "whole", schedule__epochs=2))
-        folder, save = tmp_path / "run", torch.save
-
-        def save_half(state: dict[str, Any], path: Path) -> None:
-            save(state, path)
-            if state["step"] == 9:
-                path.write_bytes(path.read_bytes()[:1000])
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patched:
-            patched.setattr(torch, "save", save_half)
-            with pytest.raises(KeyboardInterrupt):
-                train(small_config(images, folder, schedule__epochs=2, run__checkpoint_steps=3))
+        folder = tmp_path / "run"
+        code = (
+            "import os, signal, sys, torch\n"
+            "from striate.train.cli import main\n"
+            "save = torch.save\n"
+            "def save_half(state, path):\n"
+            "    save(state, path)\n"
+            "    if state['step'] == 9:\n"
+            "        os.truncate(path, 1000)\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "torch.save = save_half\n"
+            "main(['train', *sys.argv[1:]])"
+        )
+        words = arguments(images, folder, schedule__epochs=2, run__checkpoint_steps=3)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run([sys.executable, "-c", code, *words], env=environment, timeout=300)
+        assert done.returncode == -signal.SIGKILL
         assert (folder / "state.pt.tmp").stat().st_size == 1000
         assert RunFolder(folder).load_state()["step"] == 6
         train(small_config(images, folder, schedule__epochs=2))
