@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -21,7 +20,7 @@ from .card import is_untouched, render_card
 from .config import describe, read_config
 from .factory import create_model
 from .folders import check_replaceable, replaced
-from .sources import CARD, CONFIG, FILES, LOCAL, WEIGHTS, Repository, Source, parse_address
+from .sources import CARD, CONFIG, FILES, LOCAL, WEIGHTS, Repository, Source, parse_address, sha256
 
 logger = logging.getLogger("striate")
 
@@ -74,12 +73,13 @@ def push(
 
     def write(folder: Path) -> None:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(state, folder / WEIGHTS, {"format": "pt", "striate": __version__})
+        # one entry: several are written in any order, and the same weights would have another checksum each time
+        safetensors.torch.save_file(state, folder / WEIGHTS, {"format": "pt"})
         card = render_card(
             f"{destination.kind}:{destination.location}",
             config,
             model,
-            _sha256(folder / WEIGHTS),
+            sha256(folder / WEIGHTS),
             metrics=metrics,
             dataset=dataset,
             recipe=recipe,
@@ -152,14 +152,6 @@ def _check_reload(folder: Path, state: dict[str, Tensor]) -> None:
 
 def _equal(found: Tensor, wanted: Tensor) -> bool:
     return found.shape == wanted.shape and torch.equal(found.to(wanted.dtype), wanted)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _keep_edited_card(old: Path, new: Path) -> None:

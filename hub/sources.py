@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import logging
+import os
 import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+
+logger = logging.getLogger("striate")
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -90,20 +95,38 @@ class Repository:
         """A local copy of one file.
 
         Raises:
-            ValueError: (as `MissingFileError`) if the source has no such file. Failures of the network and of access
-                rights pass through as huggingface_hub raises them: an absent answer is never taken for an absent file.
+            ValueError: if the source has no such file (as `MissingFileError`), or it arrives damaged twice. Failures
+                of the network and of access rights pass through as huggingface_hub raises them: an absent answer is
+                never taken for an absent file.
         """
         if self.source.kind == LOCAL:
             return self._local(name)
+        path = self._download(name)
+        self.revision = path.parent.name  # …/snapshots/COMMIT/name
+        if is_damaged(path):
+            logger.warning("%s of %s is damaged, so it is fetched once more", name, self.source)
+            path = self._download(name, force=True)
+            if is_damaged(path):
+                path.resolve().unlink()
+                raise ValueError(
+                    f"{name} of {self.source} arrives damaged: its checksum is not the one that the hub gives. Try"
+                    " again later or from another network"
+                )
+        return path
+
+    def _download(self, name: str, force: bool = False) -> Path:
         try:
             found = hf_hub_download(
-                self.source.location, name, revision=self.revision, cache_dir=self.cache_dir, library_name="striate"
+                self.source.location,
+                name,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+                library_name="striate",
+                force_download=force,
             )
         except RemoteEntryNotFoundError as error:
             raise MissingFileError(f"{self.source} has no {name}; {_why_needed(name)}") from error
-        path = Path(found)
-        self.revision = path.parent.name  # …/snapshots/COMMIT/name
-        return path
+        return Path(found)
 
     def optional_file(self, name: str) -> Path | None:
         """The same, or None if the source has no such file."""
@@ -122,6 +145,32 @@ class Repository:
             found = f" (it has {', '.join(others)})" if name == WEIGHTS and others else ""
             raise MissingFileError(f"{folder} has no {name}{found}; {_why_needed(name)}")
         return path
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a file in huggingface_hub's cache differs from what the hub has, which the client itself does not check.
+
+    The cache links a file to one named by its checksum: sha256 of large files, git's sha1 of small ones. Where it
+    cannot make links, nothing is known, and nothing found.
+    """
+    if not path.is_symlink():
+        return False
+    wanted = Path(os.readlink(path)).name  # one step: a blob that repositories share is behind another link
+    if re.fullmatch("[0-9a-f]{64}", wanted):
+        return sha256(path) != wanted
+    if re.fullmatch("[0-9a-f]{40}", wanted):
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() != wanted
+    return False
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _why_needed(name: str) -> str:

@@ -394,3 +394,43 @@ def test_without_the_server_the_cache_serves(
     with pytest.raises(LocalEntryNotFoundError):
         striate.create_model("hf-hub:org/model", cache_dir=tmp_path / "empty")
     assert hub.log == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_is_fetched_once_more(hub: Hub, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """One byte is another one, which neither huggingface_hub nor safetensors notices; the same in the cache."""
+    model = tiny()
+    striate.push(model, "org/m")
+    place = "lfs" if name == "model.safetensors" else "resolve/.*config.json"
+    offset = -1 if name == "model.safetensors" else -3
+    hub.fail(f"GET /org/m.*{place}", corrupt=offset)
+    assert_equal(striate.create_model("hf-hub:org/m"), model)
+    assert f"{name} of hf-hub:org/m is damaged, so it is fetched once more" in caplog.text
+    caplog.clear()
+    path = striate.pull("org/m") / name
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.resolve().write_bytes(content)
+    assert_equal(striate.create_model("hf-hub:org/m"), model)
+    assert "is damaged" in caplog.text
+    caplog.clear()
+    assert_equal(striate.create_model("hf-hub:org/m"), model)
+    assert not caplog.text
+
+
+def test_a_file_that_stays_damaged_is_refused(hub: Hub) -> None:
+    wanted = tiny()
+    striate.push(wanted, "org/m")
+    hub.fail("GET /org/m.*lfs", times=2, corrupt=-1)
+    with pytest.raises(ValueError, match=r"model\.safetensors of hf-hub:org/m arrives damaged: its checksum"):
+        striate.create_model("hf-hub:org/m")
+    assert_equal(striate.create_model("hf-hub:org/m"), wanted)
+
+
+def test_the_same_weights_are_the_same_file(hub: Hub, tmp_path: Path) -> None:
+    model = tiny()
+    files = []
+    for number in range(4):
+        striate.push(model, f"local-dir:{tmp_path / str(number)}")
+        files.append((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(set(files)) == 1
