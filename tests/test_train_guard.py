@@ -43,8 +43,7 @@ def skipped_in(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_jsonl(folder / "log.jsonl") if line["type"] == "skipped"]
 
 
-@pytest.mark.parametrize("factor", [math.nan, math.inf])
-@pytest.mark.parametrize("changes", [{}, FUSED], ids=["waits", "does-not-wait"])
+@pytest.mark.parametrize(("changes", "factor"), [({}, math.nan), (FUSED, math.inf)], ids=["waits", "does-not-wait"])
 def test_a_bad_step_changes_nothing_and_is_logged(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, changes: dict[str, Any]
 ) -> None:
