@@ -222,7 +222,7 @@ def test_driver_is_as_before() -> None:
 def test_command_prints_json(configured: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     configured(good)
     assert main(["kernels", "--json", "--jobs", "1"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["target"] for row in rows] == list(_aot.CHECKED)
     for row in rows:
         assert row.keys() == KEYS
@@ -254,7 +254,7 @@ def test_command_fails_for_bad_kernels(
     file = tmp_path / "kernels.md"
     assert main(["kernels", "--target", "sm_80", "--jobs", "1", "--json", "--markdown", str(file)]) == 1
     said = capsys.readouterr()
-    assert [row["config"] for row in json.loads(said.out)] == ["spilling: _product_kernel"]
+    assert [json.loads(line)["config"] for line in said.out.splitlines()] == ["spilling: _product_kernel"]
     assert "'broken' does not compile for sm_80" in said.err
     assert "window_attention spilling: _product_kernel on sm_80 spills" in said.err
     assert not file.exists()
@@ -263,7 +263,7 @@ def test_command_fails_for_bad_kernels(
 def test_command_with_processes(capsys: pytest.CaptureFixture[str]) -> None:
     op = min(_aot.OPS, key=lambda name: len(_aot.configurations(name)))
     assert main(["kernels", "--target", "sm_90", "--op", op, "--json", "--jobs", "2"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["config"].rpartition(": ")[0] for row in rows} == {label for label, _ in _aot.configurations(op)}
 
 

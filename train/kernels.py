@@ -53,9 +53,10 @@ def main(argv: Sequence[str]) -> int:
             failures.append(result)
             continue
         reports += result
-    if args.json:
-        print(json.dumps([_row(report) for report in reports]))
-    else:
+        if args.json:
+            for report in result:
+                print(json.dumps(_row(report)), flush=True)
+    if not args.json:
         _print_table(reports)
     failures += [f"{r.op} {_row(r)['config']} on {r.target} {fault}" for r in reports for fault in r.faults]
     for failure in failures:
@@ -71,7 +72,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="striate kernels", description=__doc__)
     parser.add_argument("--target", action="append", help=f"{targets}; may be repeated; default the first-class four")
     parser.add_argument("--op", action="append", help=f"{ops}; may be repeated; default all")
-    parser.add_argument("--json", action="store_true", help="print one JSON document: a list of kernels")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per kernel")
     parser.add_argument("--markdown", metavar="FILE", help="write the table to FILE too, if no kernel is at fault")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default one per core")
     args = parser.parse_args(argv)
