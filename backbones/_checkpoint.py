@@ -53,7 +53,7 @@ def load_checkpoint(
     """
     label = "the state dict" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else read_file(Path(source))
-    state = _unwrap(content, use_ema, label)
+    state = unwrap(content, use_ema, label)
     target = model.state_dict()
     if state.keys() != target.keys():
         state = _canonical(model, state)
@@ -130,11 +130,11 @@ def _read_folder(folder: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"the weights in {folder} cannot be read safely: {error}") from error
 
 
-def _unwrap(content: Mapping[str, Any], use_ema: bool, label: str) -> dict[str, Tensor]:
+def unwrap(content: Mapping[str, Any], use_ema: bool, label: str) -> dict[str, Tensor]:
     names = (*EMA_WRAPPERS, *WRAPPERS) if use_ema else WRAPPERS
     for name in names:
         if isinstance(content.get(name), Mapping):
-            return _unwrap(content[name], use_ema, label)
+            return unwrap(content[name], use_ema, label)
     state = {key: value for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)}
     if not state:
         raise CheckpointError(f"{label} holds no named tensors; its keys are {', '.join(map(str, list(content)[:8]))}")

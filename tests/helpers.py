@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from striate.train.measure import saved_bytes as saved_bytes
+
 
 def relative(got: Tensor, want: Tensor) -> float:
     """Largest absolute difference over the largest magnitude of `want`; infinite for other shapes and for NaN."""
@@ -29,20 +31,3 @@ def run(function: Callable[..., Tensor], inputs: Sequence[Tensor | None]) -> lis
 def worst(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """Largest relative difference of two lists of tensors."""
     return max(relative(a, b) for a, b in zip(got, want, strict=True))
-
-
-def saved_bytes(function: Callable[[], Tensor], skip: Sequence[Tensor] = ()) -> int:
-    """Bytes of the distinct storages that autograd keeps for the backward of `function()`, without those of `skip`."""
-    kept: dict[int, int] = {}
-    known = {t.untyped_storage().data_ptr() for t in skip}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = function()  # alive until the count is taken, so that no address is used twice
-    del out
-    return sum(kept.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from PIL import Image
@@ -47,6 +47,25 @@ def train_transform(config: AugmentConfig, preprocess: dict[str, Any]) -> Transf
         raise ValueError(f"augment cannot be built (auto_augment {config.auto_augment!r}): {error}") from error
     _repair_posterize(transform)
     return transform
+
+
+class TransformSchedule:
+    """The training transform of every epoch, counted from 0: at the size of `preprocess`, then at `image_sizes`.
+
+    Args:
+        image_sizes: side of the images from an epoch on, see schedule.image_sizes.
+
+    Raises:
+        ValueError: see `train_transform`.
+    """
+
+    def __init__(self, config: AugmentConfig, preprocess: dict[str, Any], image_sizes: Mapping[int, int]) -> None:
+        chans = preprocess["input_size"][0]
+        sizes = {0: preprocess["input_size"]} | {start: (chans, side, side) for start, side in image_sizes.items()}
+        self._from = {start: train_transform(config, {**preprocess, "input_size": sizes[start]}) for start in sizes}
+
+    def __call__(self, epoch: int) -> Transform:
+        return self._from[max(start for start in self._from if start <= epoch)]
 
 
 def eval_transform(preprocess: dict[str, Any]) -> Transform:

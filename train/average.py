@@ -13,8 +13,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..backbones._checkpoint import _unwrap, read_file
-from .evaluate import check_output, in_the_middle
+from ..backbones._checkpoint import read_file, unwrap
+from .config import check_output
+from .evaluate import in_the_middle
 from .model import read_metadata
 from .state import RunFolder, write_whole
 
@@ -63,7 +64,7 @@ def _is_real(tensor: Tensor) -> bool:
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:
-    return _unwrap(read_file(file), False, str(file))
+    return unwrap(read_file(file), False, str(file))
 
 
 def _check_alike(first: Mapping[str, Tensor], other: Mapping[str, Tensor], old: Path, new: Path) -> None:

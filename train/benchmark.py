@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -17,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .config import check_output
 
 if TYPE_CHECKING:
     import torch
@@ -399,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main_loop(parser, args, models[0], as_json, output)
     if args["against_dtype"] and not args["against"]:
         parser.error("--against-dtype goes with --against NAME")
-    _check_output(output)
+    check_output("--output", output)
     args |= {"batch": args["batch"] or 8, "size": args["size"] or 224}
     report = benchmark(Settings(model=models[0], **args), progress=True)
     if output is not None:
@@ -420,8 +421,8 @@ def _main_growth(
     if output.suffix != ".csv":
         raise ValueError(f"--output {output}: give a .csv file; the plot goes beside it as .png")
     plot = output.with_suffix(".png")
-    _check_output(output)
-    _check_output(plot)
+    check_output("--output", output)
+    check_output("--output", plot)
     growth.check_plotting()
     report = growth.measure_growth(growth.GrowthSettings(**args), progress=True)
     _write(output, growth.format_csv(report["rows"]))
@@ -442,7 +443,7 @@ def _main_ops(
     if args.pop("optimize"):
         parser.error("--optimize does not go with --ops")
     del args["memory"], args["loop"]
-    _check_output(output)
+    check_output("--output", output)
     report = benchmark_ops(OpSettings(**args | {"batch": args["batch"] or 8}), progress=True)
     if output is not None:
         _write(output, json.dumps(report, indent=1) + "\n")
@@ -456,7 +457,7 @@ def _main_loop(
     from .overhead import format_overhead, measure_overhead
 
     _refuse(parser, args, "--loop", "against", "against_dtype")
-    _check_output(output)
+    check_output("--output", output)
     report = measure_overhead(
         model, args["batch"] or 8, args["size"] or 224, args["rounds"] or 200, args["threads"], args["device"]
     )
@@ -471,11 +472,6 @@ def _refuse(parser: argparse.ArgumentParser, args: dict[str, Any], mode: str, *o
     for option in options:
         if args.pop(option) is not None:
             parser.error(f"--{option.replace('_', '-')} does not go with {mode}")
-
-
-def _check_output(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise ValueError(f"--output {path} cannot be written; give a file in a folder that exists and is yours")
 
 
 def _write(path: Path, text: str) -> None:

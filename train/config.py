@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import math
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -280,6 +281,22 @@ class ConfigParser(jsonargparse.ArgumentParser):
             if "." in word and word not in known and close:
                 return f"{message}; did you mean {' or '.join(close)}?"
         return message
+
+
+def check_output(option: str, path: str | Path | None, suffixes: Sequence[str] = ()) -> Path | None:
+    """The file that an option names, None for none.
+
+    Raises:
+        ValueError: it cannot be written, or has none of the `suffixes`.
+    """
+    if path is None:
+        return None
+    file = Path(path)
+    if suffixes and file.suffix not in suffixes:
+        raise ValueError(f"{option} {file} must end in {' or '.join(suffixes)}")
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{option} {file} cannot be written; give a file in a folder that exists and is yours")
+    return file
 
 
 def train_parser() -> ConfigParser:

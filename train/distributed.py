@@ -51,7 +51,7 @@ class Processes:
         self.device = choose_device(device if self.size == 1 else _own_device(device))
         self._vote: tuple[Tensor, Any] | None = None
         self._owns_group = False
-        if "RANK" in os.environ and self.size > 1:
+        if self.size > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             if not dist.is_initialized():

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .augment import eval_transform
-from .config import ConfigParser, DataConfig, ModelConfig, load_config
+from .config import ConfigParser, DataConfig, ModelConfig, check_output, load_config
 from .data import EvalImages, LabelledImages, Source, eval_loader, image_mode, open_source, resolve_preprocess
 from .errors import CommandFailedError
 from .model import build_model, load_trained, read_metadata
@@ -289,22 +289,6 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
     write_whole(path, write)
-
-
-def check_output(option: str, path: str | None, suffixes: Sequence[str] = ()) -> Path | None:
-    """The file that an option names, None for none.
-
-    Raises:
-        ValueError: it cannot be written, or has none of the `suffixes`.
-    """
-    if path is None:
-        return None
-    file = Path(path)
-    if suffixes and file.suffix not in suffixes:
-        raise ValueError(f"{option} {file} must end in {' or '.join(suffixes)}")
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise ValueError(f"{option} {file} cannot be written; give a file in a folder that exists and is yours")
-    return file
 
 
 def source_parser(command: str, description: str, **kwargs: Any) -> ConfigParser:

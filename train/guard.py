@@ -56,8 +56,7 @@ class Guard:
     def judge(self, step: int, norm: Tensor) -> Tensor:
         """Whether to skip `step`, given the norm of its gradient: 1.0 or 0.0 `()` float32, the same everywhere."""
         flags = torch.cat((self._losses_bad, (~torch.isfinite(norm)).float().view(1)))
-        if self.processes.size > 1:
-            flags = self.processes.sum(flags)
+        flags = self.processes.sum(flags)
         failed = self.in_a_row > self.limit
         bad = (flags.amax() > 0) | failed
         self.in_a_row = torch.where(failed, self.in_a_row, (self.in_a_row + 1) * bad)

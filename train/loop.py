@@ -7,7 +7,6 @@ anywhere and started again ends with the same bits as one that was never stopped
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import platform
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..hub.config import describe
-from .augment import Transform, eval_transform, train_transform
+from .augment import TransformSchedule, eval_transform
 from .config import TrainConfig
 from .data import (
     Batch,
@@ -72,8 +71,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         ValueError, OSError: the configuration, the data or the folder does not allow the run. Nothing was done then.
-        RunStoppedError: SIGINT or SIGTERM came; the state is saved.
-        NonFiniteLossError: the loss is no longer finite; the last saved state is from before.
+        RunStoppedError: SIGINT, SIGTERM or SIGUSR1 came; the state is saved.
+        NonFiniteLossError: too many steps in a row were not finite; the last saved state is from before.
+        BrokenDataError: too many training images cannot be read.
     """
     summary = finished_summary(config)
     if summary is not None:
@@ -168,23 +168,10 @@ class Trainer:
         self.model.to(self.device).to(memory_format=self.memory_format).train()
         prepare(self.model, config.model)
         mode = image_mode(in_chans)
-        self.train_images = TrainImages(train_source.images, self._transform_at, mode, config.run.seed)
+        transforms = TransformSchedule(config.augment, self.preprocess, config.schedule.image_sizes)
+        self.train_images = TrainImages(train_source.images, transforms, mode, config.run.seed)
         self.eval_images = EvalImages(eval_source.images, eval_transform(self.preprocess), mode)
         self.broken = BrokenImages(config.data.broken_limit, len(self.train_images))
-        self._transform_at(0)  # an option that timm does not know is reported here, and not by a loader process
-
-    def _transform_at(self, epoch: int) -> Transform:
-        """How training images are made in an epoch, counted from 0: at the size of schedule.image_sizes."""
-        sizes = self.config.schedule.image_sizes
-        begun = [start for start in sizes if start <= epoch]
-        return self._transform(sizes[max(begun)] if begun else None)
-
-    @functools.cache  # noqa: B019 - one trainer per run
-    def _transform(self, side: int | None) -> Transform:
-        preprocess = dict(self.preprocess)
-        if side is not None:
-            preprocess["input_size"] = (self.config.model.in_chans, side, side)
-        return train_transform(self.config.augment, preprocess)
 
     def _build_optimization(self) -> None:
         config = self.config
@@ -223,6 +210,10 @@ class Trainer:
             world_size=self.processes.size,
         )
 
+    def batches(self, start_step: int, stop_step: int, workers: int = 0) -> Iterator[Batch]:
+        """What this process trains on in some steps, in their order."""
+        return train_loader(self.train_images, self._order(start_step, stop_step), workers, self.device)
+
     def fit(self) -> dict[str, Any]:
         """Train and evaluate to the end, write summary.json and return it. See `train` for the errors."""
         config, start = self.config, self.step
@@ -230,9 +221,7 @@ class Trainer:
             _logger.info("resuming %s at step %d of %d", self.folder.path, start, self.total_steps)
         started = time.monotonic() - self.seconds
         with StopSignals() as stop, self._open_log(start) as self.log:
-            batches = train_loader(
-                self.train_images, self._order(start, self.total_steps), config.data.workers, self.device
-            )
+            batches = self.batches(start, self.total_steps, config.data.workers)
             self._clock = Clock(start)
             while True:
                 self.seconds = time.monotonic() - started
@@ -345,7 +334,7 @@ class Trainer:
 
     def _report_faults(self) -> None:
         """Share what images are broken, log the steps that were skipped, and end the run after too many of either."""
-        for images in self.processes.gather(self.broken.state()) if self.processes.size > 1 else ():
+        for images in self.processes.gather(self.broken.state()):
             self.broken.add(BrokenImage(*values) for values in images)
         skipped = self.guard.read()
         for bad in skipped:
@@ -379,7 +368,7 @@ class Trainer:
         """Where the numbers of the next step stop being finite, on this process."""
         if self.replica.sharded:
             return None
-        batch = next(train_loader(self.train_images, self._order(self.step, self.step + 1), 0, self.device))
+        batch = next(self.batches(self.step, self.step + 1))
         seed_all(derive_seed(self.config.run.seed, "step", self.step, 0, self.processes.rank))
         return first_bad_module(self.model, batch.images.to(self.device))
 

@@ -16,7 +16,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -198,6 +198,23 @@ def seconds_per_call(call: Callable[[], object], repeats: int, device: torch.dev
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def saved_bytes(function: Callable[[], Tensor], skip: Sequence[Tensor] = ()) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward of `function()`, without those of `skip`."""
+    kept: dict[int, int] = {}
+    known = {t.untyped_storage().data_ptr() for t in skip}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = function()  # alive until the count is taken, so that no address is used twice
+    del out
+    return sum(kept.values())
 
 
 class PeakMemory(NamedTuple):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .config import DataConfig, ModelConfig, OptimConfig, RunConfig, ScheduleConfig, TrainConfig
-from .data import train_loader
+from .data import Batch
 from .loop import Trainer
 from .measure import cpu_threads, environment, seconds_per_call
 from .optim import build_optimizer
@@ -40,8 +40,8 @@ def measure_overhead(
         run=RunConfig(device=device),
     )
     with cpu_threads(threads), Trainer(config, begin=False) as trainer:
-        bare_step = _bare_step(trainer)
-        batches = itertools.repeat(next(train_loader(trainer.train_images, trainer._order(0, 1), 0, trainer.device)))
+        images = next(trainer.batches(0, 1))
+        bare_step, batches = _bare_step(trainer, images), itertools.repeat(images)
         loop_times, bare_times = [], []
         for step in tqdm(range(WARM_UP + steps), "steps", file=sys.stderr, disable=None):
             loop_times.append(seconds_per_call(lambda: trainer.advance(batches), 1, trainer.device))
@@ -61,11 +61,10 @@ def measure_overhead(
     }
 
 
-def _bare_step(trainer: Trainer) -> Callable[[], None]:
+def _bare_step(trainer: Trainer, batch: Batch) -> Callable[[], None]:
     """A step without anything around it, on a copy of the model."""
     model = copy.deepcopy(trainer.model)
     optimizer = build_optimizer(trainer.config.optim, model, device=trainer.device)
-    batch = next(train_loader(trainer.train_images, trainer._order(0, 1), 0, trainer.device))
 
     def step() -> None:
         loss = F.cross_entropy(model(batch.images.to(trainer.device)), batch.labels.to(trainer.device))

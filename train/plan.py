@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from .config import TrainConfig
 from .data import train_loader
 from .loop import Trainer
+from .measure import saved_bytes
 from .model import count_parameters
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -63,23 +61,12 @@ def _memory(trainer: Trainer) -> list[str]:
     ]
 
 
-def _kept_by_a_pass(trainer: Trainer, images: int) -> float:
+def _kept_by_a_pass(trainer: Trainer, images: int) -> int:
     """Bytes of the tensors that a forward pass of so many images saves, parameters left out."""
-    known = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
     order = trainer._order(0, 1)
     order.batch_size = images
     batch = next(train_loader(trainer.train_images, order, 0, trainer.device))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        trainer._loss(batch, 0, 0)
-    return float(sum(kept.values()))
+    return saved_bytes(lambda: trainer._loss(batch, 0, 0), skip=list(trainer.model.parameters()))
 
 
 def _size(count: float) -> str:

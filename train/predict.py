@@ -16,10 +16,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .augment import Transform, eval_transform
 from .benchmark import align
-from .config import ConfigParser, DataConfig
+from .config import ConfigParser, DataConfig, check_output
 from .evaluate import (
     autocast,
-    check_output,
     choose_device,
     class_names,
     in_the_middle,

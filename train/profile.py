@@ -34,7 +34,6 @@ import csv
 import io
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,7 +51,7 @@ from tqdm import tqdm
 from ..backbones._spiking import Lif, Multispike
 from ..backbones.mst import Qcfs
 from .benchmark import align
-from .config import ConfigParser, DataConfig
+from .config import ConfigParser, DataConfig, check_output
 from .data import eval_loader
 from .evaluate import choose_device, open_images, open_model, take_defaults
 from .growth import check_plotting
@@ -552,8 +551,7 @@ def _check_request(values: dict[str, Any], files: dict[str, Path], run: RunFolde
         if values[key] < 1:
             raise ValueError(f"--{key} {values[key]} must be at least 1")
     for key, path in files.items():
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ValueError(f"--{key} {path} cannot be written; give a file in a folder that exists and is yours")
+        check_output(f"--{key}", path)
     if "png" in files:
         check_plotting("--png")
 

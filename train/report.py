@@ -15,8 +15,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .config import read_config_file
-from .evaluate import check_output, in_the_middle
+from .config import check_output, read_config_file
+from .evaluate import in_the_middle
 from .log import read_log
 from .model import read_metadata
 from .state import RunFolder, write_whole
@@ -115,7 +115,7 @@ def _environment(summary: Mapping[str, Any] | None, metadata: Mapping[str, Any])
     if summary is None:
         written = {"striate": metadata["striate"]} if "striate" in metadata else {}
         return written | {"more": "is in summary.json, once the run is finished"}
-    known = ("device", "devices", "world_size", "seed", "python", "platform", "hostname", "commit")
+    known = ("device", "world_size", "seed", "python", "platform")
     return {**summary["versions"], **{key: summary[key] for key in known if key in summary}}
 
 
