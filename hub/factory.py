@@ -12,6 +12,7 @@ from torch import nn
 from .. import backbones
 from ..backbones import Backbone, FeaturePyramid
 from ..backbones._checkpoint import read_file
+from ..backbones._hub_files import Access
 from .config import SavedConfig, is_ours, read_config
 from .sources import CONFIG, WEIGHTS, Repository, Source, parse_source
 
@@ -19,7 +20,14 @@ logger = logging.getLogger("striate")
 
 
 def create_model(
-    name: str, pretrained: bool | None = None, checkpoint_path: str | Path | None = None, **kwargs: Any
+    name: str,
+    pretrained: bool | None = None,
+    checkpoint_path: str | Path | None = None,
+    *,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Create a model: one of ours or of timm by its name, or a saved one from a folder or a hub.
 
@@ -31,16 +39,28 @@ def create_model(
         **kwargs: arguments of the model: `num_classes`, `in_chans`, `drop_path_rate`, `features_only`, …; those that
             are None count as not given. They go before the saved ones: with another `num_classes` the classifier
             starts anew, with other `in_chans` the first convolution is adapted, and a warning of the logger `striate`
-            says so. `cache_dir` is where files of a hub are kept.
+            says so.
+        token: of a hub; default: huggingface_hub's login or HF_TOKEN; False for none.
+        endpoint: address of a hub; default: HF_ENDPOINT, or the Hugging Face Hub.
+        cache_dir: where downloaded files are kept; default: huggingface_hub's cache, and torch.hub's for other links.
+
+    Config and weights of a hub are of one commit, and compared with its checksums. HF_HUB_OFFLINE=1 is honoured.
 
     Raises:
         ValueError: for an unknown name (with the closest ones), a malformed config.json, missing or damaged weights,
-            an argument that the model does not take, or weights that do not fit. huggingface_hub's errors about the
-            network and access rights pass through.
+            an argument that the model does not take, or weights that do not fit.
+        striate.hub.HubError: (an OSError) of the kind that says what is wrong: `NotFoundError`, `AccessError` (and of
+            these `TokenError`), `UnreachableError`, `DamagedFileError` or `StorageError`.
     """
     source = parse_source(name)
     if source is not None:
-        return _create_saved(source, pretrained, checkpoint_path, kwargs)
+        return _create_saved(source, Access(token, endpoint, cache_dir), pretrained, checkpoint_path, kwargs)
+    if token is not None or endpoint is not None:
+        raise ValueError(
+            f"token and endpoint go with hf-hub:org/name; {name!r} is created here. Set HF_ENDPOINT instead"
+        )
+    if cache_dir is not None:
+        kwargs["cache_dir"] = cache_dir
     model = backbones.create_model(name, bool(pretrained), checkpoint_path, **kwargs)
     if not isinstance(model, (Backbone, FeaturePyramid)):
         # timm before 1.0.31 keeps no record of them for `push`
@@ -49,12 +69,12 @@ def create_model(
 
 
 def _create_saved(
-    source: Source, pretrained: bool | None, checkpoint: str | Path | None, kwargs: dict[str, Any]
+    source: Source, access: Access, pretrained: bool | None, checkpoint: str | Path | None, kwargs: dict[str, Any]
 ) -> nn.Module:
     if "pretrained_cfg" in kwargs:
         raise ValueError(f"pretrained_cfg comes from {source}; change parts of it with pretrained_cfg_overlay")
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    repository = Repository(source, kwargs.get("cache_dir"))
+    repository = Repository(source, access)
     config = read_config(repository.file(CONFIG))
     weights = None
     if pretrained is not False and checkpoint is None:

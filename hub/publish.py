@@ -11,16 +11,29 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi
+import yaml
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .. import __version__
+from ..backbones._hub_files import Access, sha256
 from .card import is_untouched, render_card
 from .config import describe, read_config
 from .factory import create_model
 from .folders import check_replaceable, replaced
-from .sources import CARD, CONFIG, FILES, LOCAL, WEIGHTS, Repository, Source, parse_address, sha256
+from .sources import (
+    CARD,
+    COMMAND,
+    CONFIG,
+    FILES,
+    LOCAL,
+    METRICS,
+    RECIPE,
+    WEIGHTS,
+    Repository,
+    Source,
+    parse_address,
+)
+from .upload import Upload
 
 logger = logging.getLogger("striate")
 
@@ -37,11 +50,19 @@ def push(
     licence: str | None = None,
     private: bool | None = None,
     commit_message: str = "Add model",
+    tag: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
 ) -> str:
     """Publish `model` as config.json, model.safetensors and a model card, in timm's hub format.
 
+    Beside them go the recipe (recipe.yaml if it is a configuration, else recipe.txt) and metrics.json, if given.
     Everything is first written elsewhere, created again from there and compared weight by weight; only then does it
     take the place of what was there. `timm.create_model` loads it too, once `striate` has been imported.
+
+    To a hub it goes as one commit on top of what the branch held before, and the checksums there are compared with
+    those here. A push that fails leaves the branch as it was and can be repeated; one of the same files commits
+    nothing.
 
     A model card that somebody has edited is kept, one that is as it was written is replaced. Other files of the folder
     or repository stay. A folder that holds files but no config.json is refused.
@@ -58,15 +79,26 @@ def push(
         licence: of the weights, e.g. `mit`; default: that of the architecture's source.
         private: of a new repository; default: as the account says.
         commit_message: of the commit to a hub.
+        tag: to give to that commit.
+        token: of a hub; default: huggingface_hub's login or HF_TOKEN.
+        endpoint: address of a hub; default: HF_ENDPOINT, or the Hugging Face Hub.
 
     Returns:
         What `create_model` takes to load it: `local-dir:PATH`, or `hf-hub:org/name@commit`.
 
     Raises:
         ValueError: for a model that cannot be created again from a name and arguments, weights that are not numbers,
-            labels or metrics that do not fit, or a target that is not one. Nothing has changed then.
+            labels or metrics that do not fit, a target that is not one, or a tag that other files have. Nothing has
+            changed then.
+        striate.hub.HubError: the hub refuses or fails; see `create_model` for its kinds.
     """
     destination = parse_address(target)
+    upload = None
+    if destination.kind == LOCAL:
+        if tag is not None:
+            raise ValueError(f"a folder has no tags; leave out tag={tag!r}, or push to a hub")
+    else:
+        upload = Upload(destination, Access(token, endpoint))
     model = unwrap_model(model)
     config = describe(model, label_names)
     state = _own_tensors(model)
@@ -87,9 +119,10 @@ def push(
             licence=licence,
         )
         (folder / CARD).write_text(card, encoding="utf-8")
+        _write_story(folder, recipe, metrics, dataset)
         _check_reload(folder, state)
 
-    if destination.kind == LOCAL:
+    if upload is None:
         folder = Path(destination.location)
         with replaced(folder) as new:
             write(new)
@@ -97,34 +130,48 @@ def push(
         return str(destination)
     with tempfile.TemporaryDirectory() as work:
         write(Path(work))
-        return _upload(Path(work), destination, private, commit_message)
+        if upload.head is not None:
+            old = Repository(Source(destination.kind, destination.location, upload.head), upload.access)
+            if card := old.optional_file(CARD):
+                _keep_edited_card(card, Path(work) / CARD)
+        commit = upload.publish(Path(work), commit_message, private, tag)
+    return str(Source(destination.kind, destination.location, commit))
 
 
-def pull(source: str, target: str | Path | None = None) -> Path:
-    """Fetch a saved model: config.json, model.safetensors and, where there is one, the model card.
+def pull(
+    source: str,
+    target: str | Path | None = None,
+    *,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Fetch a saved model: config.json, model.safetensors and, where there are any, card, recipe and metrics.
 
     Args:
         source: `org/name[@revision]` or `hf-hub:org/name[@revision]`, or `local-dir:PATH`.
         target: folder to copy it to, replaced as a whole; default: leave it where it is, in huggingface_hub's cache or
             the source folder.
+        token, endpoint, cache_dir: see `create_model`.
 
     Returns:
         The folder with the files.
 
     Raises:
         ValueError: if the source has no such files, config.json is malformed, or `target` holds other things.
-            huggingface_hub's errors about the network and access rights pass through.
+        striate.hub.HubError: see `create_model`.
     """
     if target is not None:
         check_replaceable(Path(target))
-    repository = Repository(parse_address(source))
+    repository = Repository(parse_address(source), Access(token, endpoint, cache_dir))
     config = repository.file(CONFIG)
     read_config(config)
-    weights, card = repository.file(WEIGHTS), repository.optional_file(CARD)
+    files = [config, repository.file(WEIGHTS)]
+    files += filter(None, (repository.optional_file(name) for name in FILES if name not in (CONFIG, WEIGHTS)))
     if target is None:
         return config.parent
     with replaced(Path(target)) as new:
-        for path in filter(None, (config, weights, card)):
+        for path in files:
             shutil.copyfile(path, new / path.name)
     return Path(target)
 
@@ -135,6 +182,23 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     if broken := [key for key, value in state.items() if value.is_floating_point() and bool(value.isnan().any())]:
         raise ValueError(f"{len(broken)} tensors hold NaN ({', '.join(broken[:3])}); such a model is not published")
     return state
+
+
+def _write_story(folder: Path, recipe: str | None, metrics: Mapping[str, float] | None, dataset: str | None) -> None:
+    """What the card shows, for programs to read."""
+    if recipe:
+        name = RECIPE if _is_configuration(recipe) else COMMAND
+        (folder / name).write_text(recipe.rstrip() + "\n", encoding="utf-8")
+    if metrics:
+        content = {"dataset": dataset, "metrics": dict(metrics)}
+        (folder / METRICS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_configuration(recipe: str) -> bool:
+    try:
+        return isinstance(yaml.safe_load(recipe), dict)
+    except yaml.YAMLError:
+        return False
 
 
 def _check_reload(folder: Path, state: dict[str, Tensor]) -> None:
@@ -158,16 +222,3 @@ def _keep_edited_card(old: Path, new: Path) -> None:
     if old.is_file() and not is_untouched(old.read_text(encoding="utf-8")):
         logger.warning("%s was edited, so it is kept; what it says about metrics may be out of date", old)
         shutil.copyfile(old, new)
-
-
-def _upload(folder: Path, destination: Source, private: bool | None, commit_message: str) -> str:
-    """One commit with all files, on the branch of `destination`."""
-    api = HfApi(library_name="striate", library_version=__version__)
-    name = destination.location
-    if not api.repo_exists(name):
-        api.create_repo(name, private=private)
-    elif api.file_exists(name, CARD, revision=destination.revision):
-        _keep_edited_card(Repository(destination).file(CARD), folder / CARD)
-    files = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in FILES]
-    commit = api.create_commit(name, files, commit_message=commit_message, revision=destination.revision)
-    return str(Source(destination.kind, name, commit.oid))

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import os
 import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
+
+from ..backbones._hub_files import Access, HubFiles, MissingFileError, UnreachableError
 
 logger = logging.getLogger("striate")
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
-FILES = (CONFIG, WEIGHTS, CARD)
+RECIPE = "recipe.yaml"
+COMMAND = "recipe.txt"
+METRICS = "metrics.json"
+FILES = (CONFIG, WEIGHTS, CARD, RECIPE, COMMAND, METRICS)
 
 LOCAL, HUB = "local-dir", "hf-hub"
 _PREFIX = re.compile(r"([a-zA-Z][\w+.-]+):(.*)", re.DOTALL)  # two letters or more: C:\ is a drive
@@ -80,59 +82,36 @@ def parse_address(address: str) -> Source:
     return source
 
 
-class MissingFileError(ValueError):
-    """A source that is there, but lacks a file."""
-
-
 class Repository:
     """The files of a source. Everything fetched from a hub comes from one commit: that of the first file."""
 
-    def __init__(self, source: Source, cache_dir: str | Path | None = None) -> None:
-        self.source, self.cache_dir = source, cache_dir
-        self.revision = source.revision
+    def __init__(self, source: Source, access: Access | None = None) -> None:
+        self.source = source
+        self.hub = HubFiles(source.location, source.revision, access) if source.kind == HUB else None
 
     def file(self, name: str) -> Path:
         """A local copy of one file.
 
         Raises:
-            ValueError: if the source has no such file (as `MissingFileError`), or it arrives damaged twice. Failures
-                of the network and of access rights pass through as huggingface_hub raises them: an absent answer is
-                never taken for an absent file.
+            MissingFileError: (a ValueError) the source has no such file.
+            ValueError: the source is no folder.
+            HubError: the hub, the network, the rights or the disk do not let it through; see `HubFiles.file`.
         """
-        if self.source.kind == LOCAL:
-            return self._local(name)
-        path = self._download(name)
-        self.revision = path.parent.name  # …/snapshots/COMMIT/name
-        if is_damaged(path):
-            logger.warning("%s of %s is damaged, so it is fetched once more", name, self.source)
-            path = self._download(name, force=True)
-            if is_damaged(path):
-                path.resolve().unlink()
-                raise ValueError(
-                    f"{name} of {self.source} arrives damaged: its checksum is not the one that the hub gives. Try"
-                    " again later or from another network"
-                )
-        return path
-
-    def _download(self, name: str, force: bool = False) -> Path:
         try:
-            found = hf_hub_download(
-                self.source.location,
-                name,
-                revision=self.revision,
-                cache_dir=self.cache_dir,
-                library_name="striate",
-                force_download=force,
-            )
-        except RemoteEntryNotFoundError as error:
-            raise MissingFileError(f"{self.source} has no {name}; {_why_needed(name)}") from error
-        return Path(found)
+            return self._local(name) if self.hub is None else self.hub.file(name)
+        except MissingFileError as error:
+            raise MissingFileError(f"{error}; {_why_needed(name)}") from error
 
     def optional_file(self, name: str) -> Path | None:
-        """The same, or None if the source has no such file."""
+        """The same, or None if the source has no such file, or none in the cache while HF_HUB_OFFLINE is set."""
         try:
             return self.file(name)
         except MissingFileError:
+            return None
+        except UnreachableError as error:
+            if not constants.HF_HUB_OFFLINE:
+                raise
+            logger.warning("%s is left out: %s", name, error)
             return None
 
     def _local(self, name: str) -> Path:
@@ -143,34 +122,8 @@ class Repository:
         if not path.is_file():
             others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt", ".safetensors"))
             found = f" (it has {', '.join(others)})" if name == WEIGHTS and others else ""
-            raise MissingFileError(f"{folder} has no {name}{found}; {_why_needed(name)}")
+            raise MissingFileError(f"{folder} has no {name}{found}")
         return path
-
-
-def is_damaged(path: Path) -> bool:
-    """Whether a file in huggingface_hub's cache differs from what the hub has, which the client itself does not check.
-
-    The cache links a file to one named by its checksum: sha256 of large files, git's sha1 of small ones. Where it
-    cannot make links, nothing is known, and nothing found.
-    """
-    if not path.is_symlink():
-        return False
-    wanted = Path(os.readlink(path)).name  # one step: a blob that repositories share is behind another link
-    if re.fullmatch("[0-9a-f]{64}", wanted):
-        return sha256(path) != wanted
-    if re.fullmatch("[0-9a-f]{40}", wanted):
-        content = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() != wanted
-    return False
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _why_needed(name: str) -> str:

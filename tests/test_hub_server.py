@@ -4,97 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
-import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from torch import nn
 
 import striate
-from hub_server import Hub, User
-
-FILES = ["README.md", "config.json", "model.safetensors"]
-USERS = {
-    "hf_writer": User("ada", ("org",)),
-    "hf_reader": User("ada", ("org",), can_write=False),
-    "hf_stranger": User("eve"),
-}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """What huggingface_hub and timm take for the Hub, with an empty cache and the token of a writer to `org`."""
-    with Hub(USERS) as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        settings = dict(
-            ENDPOINT=server.url,
-            HUGGINGFACE_CO_URL_TEMPLATE=template,
-            HF_HUB_CACHE=str(tmp_path / "cache"),
-            HF_TOKEN_PATH=str(tmp_path / "token"),
-            HF_STORED_TOKENS_PATH=str(tmp_path / "tokens"),
-            AGENT_HARNESSES_PATH=str(tmp_path / "agents.json"),
-            HF_HUB_DISABLE_XET=True,
-            HF_HUB_DISABLE_TELEMETRY=True,
-            HF_HUB_OFFLINE=False,
-        )
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value, raising=False)  # versions differ in what they have
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # of the functions without a class
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        huggingface_hub.close_session()  # one made earlier keeps the proxies of then
-        log_in(monkeypatch, "hf_writer")
-        yield server
-        huggingface_hub.close_session()
-
-
-@pytest.fixture
-def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long huggingface_hub would have waited before it tried again."""
-    waited: list[float] = []
-    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
-        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waited.append))
-    return waited
-
-
-def log_in(monkeypatch: pytest.MonkeyPatch, token: str | None) -> None:
-    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
-
-
-def tiny(num_classes: int = 10) -> nn.Module:
-    args = dict(dims=(32, 32, 32, 32), depths=(1, 1, 1, 1), in_chans=1)
-    return striate.create_model("biformer_nano", num_classes=num_classes, **args).eval()
-
-
-def saved_files(folder: Path, num_classes: int) -> dict[str, bytes]:
-    """What a push of `tiny` writes."""
-    striate.push(tiny(num_classes), f"local-dir:{folder}")
-    return {name: (folder / name).read_bytes() for name in FILES}
-
-
-def assert_equal(found: nn.Module, wanted: nn.Module) -> None:
-    state = wanted.state_dict()
-    assert found.state_dict().keys() == state.keys()
-    assert all(torch.equal(value, state[key]) for key, value in found.state_dict().items())
-    x = torch.randn(2, *wanted.pretrained_cfg["input_size"])  # type: ignore[index, misc]
-    assert torch.equal(found.eval()(x), wanted.eval()(x))
+from hub_helpers import FILES, assert_equal, log_in, saved_files, tiny
+from hub_server import Hub
+from striate.hub import AccessError, DamagedFileError, HubError, NotFoundError, TokenError, UnreachableError
 
 
 def test_the_server_answers_as_the_client_expects(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,30 +109,37 @@ def test_round_trip(private: bool, hub: Hub, tmp_path: Path, monkeypatch: pytest
     assert [call.status for call in hub.calls("GET /org/model/lfs/")] == [200, 200]
     assert {call.origin for call in hub.log} == {"hub", "cdn"}
     assert all("authorization" not in call.headers for call in hub.log if call.origin == "cdn")
-    for token, error in ((None, RepositoryNotFoundError), ("hf_stranger", RepositoryNotFoundError)):
+    for token, words in ((None, "wants a login"), ("hf_stranger", "may not be seen with this token")):
         log_in(monkeypatch, token)
         cache = tmp_path / f"cache of {token}"
         if private:
-            with pytest.raises(error):
+            with pytest.raises(NotFoundError, match=words):
                 striate.create_model("hf-hub:org/model", cache_dir=cache)
         else:
             assert_equal(striate.create_model("hf-hub:org/model", cache_dir=cache), model)
     log_in(monkeypatch, "hf_wrong")
-    with pytest.raises(HfHubHTTPError, match="Invalid credentials"):
+    with pytest.raises(TokenError, match="does not know the token; log in again"):
         striate.create_model("hf-hub:org/model", cache_dir=tmp_path / "wrong")
 
 
 @pytest.mark.parametrize(
     ("token", "words"),
-    [("hf_wrong", "Invalid credentials"), ("hf_reader", "ada may not write"), ("hf_stranger", "eve may not write")],
+    [
+        (None, "nobody is logged in"),
+        ("hf_wrong", "does not know the token"),
+        ("hf_reader", "ada may not write"),
+        ("hf_stranger", "eve may not write"),
+    ],
 )
-def test_who_may_not_write_changes_nothing(token: str, words: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_may_not_write_changes_nothing(
+    token: str | None, words: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = hub.add("org/model", {"README.md": b"---\nlicense: mit\n---\nmine"})
     log_in(monkeypatch, token)
     for name in ("org/model", "org/new"):
-        with pytest.raises(HfHubHTTPError, match=words) as error:
+        with pytest.raises(AccessError, match=words) as error:
             striate.push(tiny(), name)
-        assert token not in str(error.value)
+        assert str(token) not in str(error.value)
     assert hub.repos.keys() == {"org/model"}
     assert hub.repos["org/model"].head == before
 
@@ -254,12 +189,17 @@ def test_tags_branches_and_commits(hub: Hub) -> None:
     wanted = {"": 4, "@main": 4, "@v1": 2, "@dev/x": 3, old[old.index("@") :]: 2, new[new.index("@") :]: 3}
     for revision, classes in wanted.items():
         assert_equal(striate.create_model(f"hf-hub:org/model{revision}"), models[classes])
-    with pytest.raises(RevisionNotFoundError):
+    with pytest.raises(NotFoundError, match="org/model has no branch, tag or commit 'v2'"):
         striate.create_model("hf-hub:org/model@v2")
-    with pytest.raises(RevisionNotFoundError):
+    with pytest.raises(NotFoundError, match="org/model has no branch, tag or commit 'nowhere'"):
         striate.push(tiny(), "org/model@nowhere")
-    with pytest.raises(RepositoryNotFoundError):
+    with pytest.raises(ValueError, match="is a commit, which cannot change"):
+        striate.push(tiny(), old.removeprefix("hf-hub:"))
+    with pytest.raises(NotFoundError, match="there is no http.*/org/none, or it is private"):
         striate.create_model("hf-hub:org/none")
+    with pytest.raises(NotFoundError, match="a new repository has no branch 'dev'"):
+        striate.push(tiny(), "org/none@dev")
+    assert "org/none" not in hub.repos
 
 
 def test_a_push_in_between_does_not_mix_commits(hub: Hub, tmp_path: Path) -> None:
@@ -287,7 +227,7 @@ def test_pull(hub: Hub, tmp_path: Path) -> None:
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == stored
     hub.fail("GET /org/two/lfs", times=99, status=404)
     hub.add("org/two", stored)
-    with pytest.raises(HfHubHTTPError, match="404"):
+    with pytest.raises(UnreachableError, match="answers 404"):
         striate.pull("org/two", tmp_path / "two")
     assert not (tmp_path / "two").exists()
 
@@ -309,23 +249,97 @@ def test_failing_uploads_are_tried_again(hub: Hub, sleeps: list[float]) -> None:
 def test_an_upload_that_arrives_differently_is_refused(hub: Hub) -> None:
     before = hub.add("org/model", {})
     hub.fail("PUT ", corrupt=-1)
-    with pytest.raises(RuntimeError, match=r"model\.safetensors"):
+    with pytest.raises(HubError, match=r"model\.safetensors.*nothing was published"):
         striate.push(tiny(), "org/model")
     assert [call.status for call in hub.calls("PUT ")] == [422]
     assert hub.repos["org/model"].head == before
 
 
-@pytest.mark.parametrize("what", [dict(status=500), dict(drop=True), dict(status=412)])
-def test_a_failed_commit_publishes_nothing(what: dict[str, Any], hub: Hub) -> None:
+@pytest.mark.parametrize(
+    ("what", "tries"), [(dict(status=500), 4), (dict(drop=True), 4), (dict(status=403), 1), (dict(status=400), 1)]
+)
+def test_a_failed_commit_publishes_nothing(what: dict[str, Any], tries: int, hub: Hub, sleeps: list[float]) -> None:
     model = tiny(10)
     striate.push(model, "org/model")
     before = hub.repos["org/model"].head
-    hub.fail("POST .*/commit/", **what)
-    with pytest.raises(Exception, match="|".join(map(str, (*what.values(), "disconnected", "reset")))):
+    hub.log.clear()
+    hub.fail("POST .*/commit/", times=tries, **what)
+    with pytest.raises(HubError, match="no answer|answers|refuses"):
         striate.push(tiny(3), "org/model")
-    assert len(hub.calls("POST .*/commit/")) == 2
+    assert len(hub.calls("POST .*/commit/")) == tries
     assert hub.repos["org/model"].head == before
     assert_equal(striate.create_model("hf-hub:org/model"), model)
+
+
+@pytest.mark.parametrize("what", [dict(status=500), dict(drop=True), dict(lose=True)])
+def test_a_commit_that_fails_at_first_is_made_once(what: dict[str, Any], hub: Hub, sleeps: list[float]) -> None:
+    """Also when it was made and only the answer was lost."""
+    striate.push(tiny(10), "org/model")
+    hub.fail("POST .*/commit/", **what)
+    model = tiny(3)
+    address = striate.push(model, "org/model")
+    repo = hub.repos["org/model"]
+    assert len(list(repo.history(repo.head.oid))) == 3
+    assert address == f"hf-hub:org/model@{repo.head.oid}"
+    assert_equal(striate.create_model(address), model)
+
+
+def test_a_push_that_meets_another_gives_way(hub: Hub, sleeps: list[float]) -> None:
+    striate.push(tiny(10), "org/model")
+    hub.fail("POST .*/commit/", hook=lambda: hub.add("org/model", {"notes.txt": b"of somebody else"}))
+    with pytest.raises(HubError, match="changed by somebody else meanwhile; nothing was published"):
+        striate.push(tiny(3), "org/model")
+    repo = hub.repos["org/model"]
+    assert "notes.txt" in repo.head.files
+    assert striate.create_model("hf-hub:org/model").num_classes == 10
+    striate.push(tiny(3), "org/model")
+    assert striate.create_model("hf-hub:org/model").num_classes == 3
+
+
+def test_other_bytes_on_the_hub_are_seen(hub: Hub) -> None:
+    """A hub that stores something else than it was sent, which it alone has noticed."""
+
+    def disturb() -> None:
+        repo = hub.repos["org/model"]
+        repo.objects = {oid: data[:-1] + b"x" for oid, data in repo.objects.items()}
+
+    hub.fail("POST .*/commit/", hook=disturb)
+    with pytest.raises(DamagedFileError, match="has other bytes at .* than were sent"):
+        striate.push(tiny(), "org/model")
+
+
+def test_a_repository_made_twice_is_made_once(hub: Hub, sleeps: list[float]) -> None:
+    hub.fail("POST /api/repos/create", lose=True)
+    model = tiny()
+    striate.push(model, "org/model", private=True)
+    assert hub.repos["org/model"].private
+    assert_equal(striate.create_model("hf-hub:org/model"), model)
+
+
+def test_recipe_metrics_and_tag_travel_along(hub: Hub, tmp_path: Path, sleeps: list[float]) -> None:
+    story = dict(metrics={"top1": 50.0}, dataset="fashion_mnist", recipe="model:\n  name: biformer_nano\n")
+    first = striate.push(tiny(10), "org/model", tag="v1", **story)
+    folder = striate.pull("org/model@v1", tmp_path / "copy")
+    assert (folder / "recipe.yaml").read_text() == story["recipe"]
+    assert json.loads((folder / "metrics.json").read_text()) == {
+        "dataset": "fashion_mnist",
+        "metrics": {"top1": 50.0},
+    }
+    assert json.loads((folder / "config.json").read_text())["num_classes"] == 10
+    log = len(hub.repos["org/model"].commits)
+    model = striate.create_model(first)
+    with pytest.raises(ValueError, match="tag v1 of org/model is at .* choose a new tag"):
+        striate.push(tiny(3), "org/model", tag="v1")
+    assert len(hub.repos["org/model"].commits) == log
+    second = striate.push(model, "org/model", recipe="striate train --config x")
+    assert {"recipe.yaml", "metrics.json"}.isdisjoint(hub.repos["org/model"].head.files)
+    assert hub.repos["org/model"].head.files["recipe.txt"].data == b"striate train --config x\n"
+    hub.fail("POST .*/tag/", times=4, status=503)
+    with pytest.raises(HubError, match="is published at .*, but has no tag v2"):
+        striate.push(model, "org/model", tag="v2", **story)
+    third = striate.push(model, "org/model", tag="v2", **story)
+    assert hub.repos["org/model"].tags == {"v1": first[-40:], "v2": third[-40:]}
+    assert striate.push(model, "org/model", tag="v2", **story) == third != second
 
 
 @pytest.mark.parametrize("status", [403, 404, 500])
@@ -335,7 +349,7 @@ def test_an_answer_that_is_none_never_loads_the_pickle(status: int, hub: Hub, sl
     assert "pytorch_model.bin" in hub.repos["org/vit"].head.files
     hub.fail(r"HEAD .*model\.safetensors", times=99, status=status)
     hub.log.clear()
-    with pytest.raises(LocalEntryNotFoundError):
+    with pytest.raises(AccessError if status == 403 else UnreachableError, match=f"{status}|refuses"):
         striate.create_model("hf-hub:org/vit")
     assert hub.calls(r"HEAD .*model\.safetensors")
     assert not hub.calls(r".*\.bin")
@@ -345,7 +359,7 @@ def test_an_answer_that_is_none_never_loads_the_pickle(status: int, hub: Hub, sl
 def test_a_server_that_is_no_hub_is_refused(header: str, hub: Hub) -> None:
     striate.push(tiny(), "org/model")
     hub.fail("HEAD .*config", times=9, strip=(header,))
-    with pytest.raises(LocalEntryNotFoundError):
+    with pytest.raises(UnreachableError, match=f"does not answer as a hub .*{header}"):
         striate.create_model("hf-hub:org/model")
 
 
@@ -391,7 +405,7 @@ def test_without_the_server_the_cache_serves(
     hub.close()
     huggingface_hub.close_session()  # it holds connections that still work
     assert_equal(striate.create_model("hf-hub:org/model"), model)
-    with pytest.raises(LocalEntryNotFoundError):
+    with pytest.raises(UnreachableError, match="no answer from .* check the network"):
         striate.create_model("hf-hub:org/model", cache_dir=tmp_path / "empty")
     assert hub.log == []
 
@@ -422,7 +436,7 @@ def test_a_file_that_stays_damaged_is_refused(hub: Hub) -> None:
     wanted = tiny()
     striate.push(wanted, "org/m")
     hub.fail("GET /org/m.*lfs", times=2, corrupt=-1)
-    with pytest.raises(ValueError, match=r"model\.safetensors of hf-hub:org/m arrives damaged: its checksum"):
+    with pytest.raises(DamagedFileError, match=r"model\.safetensors of hf-hub:org/m arrives damaged: its checksum"):
         striate.create_model("hf-hub:org/m")
     assert_equal(striate.create_model("hf-hub:org/m"), wanted)
 

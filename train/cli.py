@@ -34,6 +34,8 @@ COMMANDS = {
     "info": Command(".cli:info", "show what is known about a model"),
     "benchmark": Command(".benchmark:main", "measure speed and memory of a model"),
     "profile": Command(".profile:main", "estimate the energy of a model, layer by layer, from spikes on real images"),
+    "push": Command(".publish:main", "publish a model on the Hugging Face Hub, or to a folder"),
+    "pull": Command(".publish:pull_command", "fetch a published model"),
     "export": Command(".export:main", "write a model for inference: a folder, packed to bits if binary, .pt2 or .onnx"),
     "kernels": Command(".kernels:main", "compile the Triton kernels for a GPU and show what each needs"),
     "demo": Command(".demo:main", "train, publish and look into a small BiFormer on the embedded images"),

@@ -30,12 +30,12 @@ from .data import LabelledImages, open_source
 from .evaluate import choose_device, validate
 from .evaluate import main as validate_command
 from .model import load_trained
+from .publish import FASHION_MNIST
 from .state import write_whole
 from .visualize import RoutingRow, draw_routing, routed_stages
 
 RECIPE = "biformer/nano_fashion"
 EXPECTED_TOP1 = 82.0  # per cent, of the whole recipe
-DATASET = "zalando-datasets/fashion_mnist"
 NUM_CLASSIFIED = 8
 DRAWN_CLASSES = ("Ankle boot", "Dress", "Bag")
 
@@ -122,7 +122,7 @@ def _publish(run: Path, hub: Path, trained: dict[str, Any], command: str) -> str
         load_trained(run),
         f"local-dir:{hub}",
         metrics={"top1": trained["top1"], "top5": trained["top5"]},
-        dataset=DATASET,
+        dataset=FASHION_MNIST,
         description=(
             f"A small BiFormer, trained on {summary['train_images']} photos of Fashion-MNIST (28 x 28, grey, enlarged)"
             f" and evaluated on {summary['eval_images']} others from its test split."
