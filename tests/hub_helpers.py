@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import striate
-from hub_server import User
+from hub_repos import User
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 USERS = {

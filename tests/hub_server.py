@@ -1,7 +1,7 @@
 """A Hub on the loopback interface: what huggingface_hub asks of huggingface.co, in memory, with faults on demand.
 
-Models only. Large files travel by LFS (transfer `basic`) and are served from a second origin, as by a CDN; xet is not
-spoken, so that clients need HF_HUB_DISABLE_XET.
+Models only. Large files travel by LFS (transfer `basic`) and are served from a second origin, as by a CDN, or by xet
+where the hub has a `store` (see `hub_repos`); without one, clients need HF_HUB_DISABLE_XET.
 """
 
 from __future__ import annotations
@@ -13,77 +13,17 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from hub_repos import Blob, Commit, Repo, User, find_in_store
+
 LFS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 WRONG_TOKEN = "Invalid credentials in Authorization header"
-
-
-@dataclasses.dataclass(frozen=True)
-class User:
-    """Whom a token belongs to; `can_write` is the role of the token in the namespaces of `name` and `orgs`."""
-
-    name: str
-    orgs: tuple[str, ...] = ()
-    can_write: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Blob:
-    data: bytes
-    lfs: bool
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-    @property
-    def git_oid(self) -> str:
-        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
-
-    @property
-    def oid(self) -> str:
-        return self.sha256 if self.lfs else self.git_oid
-
-
-@dataclasses.dataclass(frozen=True)
-class Commit:
-    oid: str
-    parent: str | None
-    title: str
-    files: dict[str, Blob]
-
-
-@dataclasses.dataclass
-class Repo:
-    name: str
-    private: bool = False
-    gated: bool = False
-    commits: dict[str, Commit] = dataclasses.field(default_factory=dict)
-    branches: dict[str, str] = dataclasses.field(default_factory=dict)
-    tags: dict[str, str] = dataclasses.field(default_factory=dict)
-    objects: dict[str, bytes] = dataclasses.field(default_factory=dict)  # uploaded by LFS, committed or not
-
-    @property
-    def head(self) -> Commit:
-        return self.commits[self.branches["main"]]
-
-    def commit(self, branch: str, title: str, files: dict[str, Blob]) -> Commit:
-        parent = self.branches.get(branch)
-        listing = sorted((path, blob.oid) for path, blob in files.items())
-        oid = hashlib.sha1(repr((self.name, len(self.commits), parent, title, listing)).encode()).hexdigest()
-        self.commits[oid] = Commit(oid, parent, title, dict(files))
-        self.branches[branch] = oid
-        return self.commits[oid]
-
-    def history(self, oid: str | None) -> Iterator[Commit]:
-        while oid is not None:
-            yield self.commits[oid]
-            oid = self.commits[oid].parent
 
 
 @dataclasses.dataclass
@@ -99,6 +39,8 @@ class Fault:
     corrupt: int | None = None  # flip the bits of this byte of the file: what a PUT brings, or the answer
     no_range: bool = False  # answer a Range with the whole file
     strip: tuple[str, ...] = ()  # leave out these headers
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)  # add these to a `status`
+    delay: float = 0  # seconds before anything is done
     hook: Callable[[], object] | None = None  # call this before anything is done
 
 
@@ -177,6 +119,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.log: list[Request] = []
         self.faults: list[Fault] = []
+        self.store: Path | None = None  # of xet
         self._lock = threading.RLock()
         self._servers = [_Server(self, origin) for origin in ("hub", "cdn")]
         self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
@@ -311,7 +254,7 @@ class Hub:
         commit = self.commit(repo, revision)
         siblings: list[dict[str, Any]] = []
         for path, blob in sorted(commit.files.items()):
-            sizes = {"size": len(blob.data), "blobId": blob.git_oid, **_lfs(blob, "sha256")}
+            sizes = {"size": blob.size, "blobId": blob.git_oid, **_lfs(blob, "sha256")}
             siblings.append({"rfilename": path, **(sizes if request.flag("blobs") else {})})
         date = "2026-01-01T00:00:00.000Z"
         content = {
@@ -439,9 +382,35 @@ class Hub:
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(repo.commits[repo.branches[branch]].files)
         for operation in operations:
-            _apply(repo, files, operation["key"], operation["value"])
+            self.apply(repo, files, operation["key"], operation["value"])
         oid = repo.commit(branch, header["value"]["summary"], files).oid
         return answer({"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{name}/commit/{oid}"})
+
+    def apply(self, repo: Repo, files: dict[str, Blob], key: str, value: dict[str, Any]) -> None:
+        path = value["path"]
+        if key == "file":
+            files[path] = Blob(base64.b64decode(value["content"]), False)
+        elif key == "lfsFile":
+            oid = value["oid"]
+            xet = find_in_store(self.store, oid, value["size"]) if self.store and oid not in repo.objects else None
+            if xet is None and oid not in repo.objects:
+                raise HubError(400, f"{path}: its content {oid} was never uploaded")
+            files[path] = Blob(b"" if xet else repo.objects[oid], True, xet)
+        elif key in ("deletedFile", "deletedFolder"):
+            gone = [file for file in files if file == path or file.startswith(path.rstrip("/") + "/")]
+            if not gone:
+                raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
+            for file in gone:
+                del files[file]
+        else:
+            raise HubError(400, f"unknown operation {key}")
+
+    @route("GET", f"{_API}/xet-(?P<right>read|write)-token/(?P<revision>[^/]+)")
+    def xet_token(self, request: Request, name: str, right: str, revision: str) -> Reply:
+        self.repo(request, name, write=right == "write")
+        url, expires = f"local://{self.store}", 4_000_000_000
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(expires)}
+        return answer({"casUrl": url, "accessToken": "xet", "exp": expires}, headers=headers)
 
     # Downloads
 
@@ -457,7 +426,10 @@ class Hub:
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.git_oid}"'}
         if not blob.lfs:
             return _content(request, blob.data, headers)
-        linked = {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data))}
+        if blob.xet:
+            link = f'<{self.url}/api/models/{name}/xet-read-token/{commit.oid}>; rel="xet-auth"'
+            headers |= {"X-Xet-Hash": blob.xet.hash, "Link": link}
+        linked = {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size)}
         location = f"{self.cdn}/{name}/lfs/{blob.sha256}?file={quote(path)}"
         repo.objects[blob.sha256] = blob.data
         return Reply(302, b"", {**headers, **linked, "Location": location})
@@ -470,29 +442,11 @@ class Hub:
 
 
 def _lfs(blob: Blob, key: str) -> dict[str, Any]:
-    return {"lfs": {key: blob.sha256, "size": len(blob.data), "pointerSize": 130}} if blob.lfs else {}
+    return {"lfs": {key: blob.sha256, "size": blob.size, "pointerSize": 130}} if blob.lfs else {}
 
 
 def _entry(path: str, blob: Blob) -> dict[str, Any]:
-    return {"type": "file", "path": path, "size": len(blob.data), "oid": blob.git_oid, **_lfs(blob, "oid")}
-
-
-def _apply(repo: Repo, files: dict[str, Blob], key: str, value: dict[str, Any]) -> None:
-    path = value["path"]
-    if key == "file":
-        files[path] = Blob(base64.b64decode(value["content"]), False)
-    elif key == "lfsFile":
-        if value["oid"] not in repo.objects:
-            raise HubError(400, f"{path}: its content {value['oid']} was never uploaded")
-        files[path] = Blob(repo.objects[value["oid"]], True)
-    elif key in ("deletedFile", "deletedFolder"):
-        gone = [file for file in files if file == path or file.startswith(path.rstrip("/") + "/")]
-        if not gone:
-            raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
-        for file in gone:
-            del files[file]
-    else:
-        raise HubError(400, f"unknown operation {key}")
+    return {"type": "file", "path": path, "size": blob.size, "oid": blob.git_oid, **_lfs(blob, "oid")}
 
 
 def _content(request: Request, data: bytes, headers: dict[str, str]) -> Reply:
@@ -539,6 +493,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = Request(self.command, self.path, headers, self._body(), self.server.origin)
         hub.log.append(request)
         fault = hub.take_fault(request)
+        time.sleep(fault.delay)
         if fault.hook:
             fault.hook()
         if fault.corrupt is not None and request.body:
@@ -550,6 +505,7 @@ class _Handler(BaseHTTPRequestHandler):
         reply = HubError(fault.status, "broken on demand").reply() if fault.status else hub.answer(request)
         if fault.status:
             reply.headers.pop("X-Error-Message")
+            reply.headers |= fault.headers
         request.status = reply.status
         if fault.lose:
             return self._hang_up()
