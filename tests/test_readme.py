@@ -38,6 +38,7 @@ SHORTER = {
     "profile": "--images 2 --data.workers 0",
     "train --model.name swin_tiny": "--data.image_size 64 --data.batch_size 2",
     "train": "--schedule.epochs 1 --schedule.warmup_epochs 0 --data.workers 0",
+    "push": "--dataset org/images",
     "kernels": "--op gated_linear_attention",
     "benchmark vig_h_tiny": "--sizes 64,96",
     "benchmark --ops": "--ops channel_attention",
@@ -155,7 +156,7 @@ def _renamed(state: dict[str, Tensor], rules: list[tuple[str, str]]) -> dict[str
     return renamed
 
 
-def test_every_block_runs(workshop: Path, messages: Any) -> None:
+def test_every_block_runs(workshop: Path, hub: Any, messages: Any) -> None:
     blocks = fenced_blocks(README)
     assert len(blocks) >= 8
     made: dict[str, Any] = {}
