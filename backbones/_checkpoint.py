@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
 from timm.models import adapt_input_conv
-from timm.models._hub import load_state_dict_from_hf, load_state_dict_from_path
 from torch import Tensor
 
 from ._base import Backbone, FeaturePyramid
+from ._reading import CheckpointError, read_file
 
 logger = logging.getLogger("striate")
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "model_ema", "state_dict_ema")
 EMA_WRAPPERS = ("model_ema", "state_dict_ema")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit the model."""
 
 
 def load_checkpoint(
@@ -55,10 +46,19 @@ def load_checkpoint(
     content = source if isinstance(source, Mapping) else read_file(Path(source))
     state = unwrap(content, use_ema, label)
     target = model.state_dict()
-    if state.keys() != target.keys():
-        state = _canonical(model, state)
-    state = _fit(model, state, target, label)
+    converted = state if state.keys() == target.keys() else _canonical(model, state)
+    try:
+        state = _fit(model, converted, target, label)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_whose(state)}") from None
     model.load_state_dict(state, strict=False)  # what may be missing was settled above
+
+
+def _whose(state: dict[str, Tensor]) -> str:
+    from ._recognise import find_fits  # which creates models, so it comes after this file
+
+    fits = find_fits(state)
+    return f". It has the keys and shapes of {' or '.join(map(str, fits))}" if fits else ""
 
 
 def rename(key: str, patterns: Sequence[tuple[str, str]]) -> str:
@@ -66,68 +66,6 @@ def rename(key: str, patterns: Sequence[tuple[str, str]]) -> str:
     for pattern, replacement in patterns:
         key = re.sub(pattern, replacement, key)
     return key
-
-
-def read_file(path: Path) -> Mapping[str, Any]:
-    """Read a `.safetensors` or PyTorch file without running any code in it.
-
-    Raises:
-        ValueError: (as `CheckpointError`) if there is no such file or it cannot be read safely.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint file {path}")
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise CheckpointError(f"{path} is empty; download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull`")
-    if head.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path} is a web page, not the weights; the download link is probably dead")
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} is a damaged safetensors file ({error}); download it again") from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training files carry their arguments
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = ", ".join(sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))) or str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} holds more than tensors ({named}), or is damaged; it was refused and no code in it ran."
-            " Save its state dict alone, or convert it to safetensors, where you trust it"
-        ) from error
-    except Exception as error:  # damaged bytes raise nearly anything: IndexError, struct.error, AssertionError, …
-        raise CheckpointError(f"{path} is damaged or no PyTorch file ({error}); download it again") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
-    return content
-
-
-def read_pretrained(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> Mapping[str, Any]:
-    """Weights named by a config of timm's form: a folder or file, or a hub repository.
-
-    Raises:
-        ValueError: (as `CheckpointError`) if the config names none.
-    """
-    if cfg.get("state_dict"):
-        return cfg["state_dict"]
-    if file := cfg.get("file"):
-        return _read_folder(Path(file)) if Path(file).is_dir() else read_file(Path(file))
-    if hub := cfg.get("hf_hub_id"):
-        return load_state_dict_from_hf(hub, weights_only=True, cache_dir=cache_dir)
-    raise CheckpointError(
-        f"pretrained=True, but no working download of {cfg.get('architecture', 'this model')} is known;"
-        " pass checkpoint_path=FILE with the authors' file, or pretrained=False"
-    )
-
-
-def _read_folder(folder: Path) -> Mapping[str, Any]:
-    try:
-        return load_state_dict_from_path(folder, weights_only=True)
-    except Exception as error:  # of nearly any type, see `read_file`
-        raise CheckpointError(f"the weights in {folder} cannot be read safely: {error}") from error
 
 
 def unwrap(content: Mapping[str, Any], use_ema: bool, label: str) -> dict[str, Tensor]:
@@ -144,17 +82,22 @@ def unwrap(content: Mapping[str, Any], use_ema: bool, label: str) -> dict[str, T
     return state
 
 
-def _canonical(model: Backbone | FeaturePyramid, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys as `model` has them: prefixes stripped, published names converted, what has no place in it left out."""
-    backbone = model.backbone if isinstance(model, FeaturePyramid) else model
+def strip_prefix(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str, int]:
+    """Of a larger model, the tensors of its backbone; the prefix that they had, and how many others there are."""
     norms = {key: value for key, value in state.items() if key.startswith("norms.")}
     for prefix in ("backbone.", "encoder."):
         inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if inside:
-            if dropped := len(state) - len(inside) - len(norms):
-                logger.warning("left out %d tensors outside %s* of the checkpoint", dropped, prefix)
-            state = {**inside, **norms}
-            break
+            return {**inside, **norms}, prefix, len(state) - len(inside) - len(norms)
+    return state, "", 0
+
+
+def _canonical(model: Backbone | FeaturePyramid, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys as `model` has them: prefixes stripped, published names converted, what has no place in it left out."""
+    backbone = model.backbone if isinstance(model, FeaturePyramid) else model
+    state, prefix, dropped = strip_prefix(state)
+    if dropped:
+        logger.warning("left out %d tensors outside %s* of the checkpoint", dropped, prefix)
     state = backbone.complete(backbone.convert(state))
     if not isinstance(model, FeaturePyramid):
         return state

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import DefaultCfg, PretrainedCfg, is_model, register_model
+from timm.models import DefaultCfg, PretrainedCfg, is_model, is_model_pretrained, register_model
 from torch import nn
 
 from ._base import Backbone, FeaturePyramid
-from ._checkpoint import load_checkpoint, read_pretrained
+from ._checkpoint import load_checkpoint
+from ._fetch import read_pretrained
+from ._published import Weights, hub_place, published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,9 @@ class ModelInfo:
     pretraining: str
     entry: Callable[..., nn.Module] = dataclasses.field(repr=False, compare=False)
 
-    def pretrained_cfg(self) -> PretrainedCfg:
-        """The same in timm's terms, for its transforms and hub format."""
-        return PretrainedCfg(
+    def pretrained_cfg(self, weights: Weights | None = None) -> PretrainedCfg:
+        """The same in timm's terms, for its transforms and hub format; with what `weights` were trained for."""
+        cfg = PretrainedCfg(
             architecture=self.name,
             input_size=self.input_size,
             crop_pct=self.crop_pct,
@@ -63,6 +65,16 @@ class ModelInfo:
             origin_url=self.family.source,
             paper_name=self.family.title,
             paper_ids=self.family.paper.replace("https://arxiv.org/abs/", "arXiv:"),
+        )
+        if weights is None:
+            return cfg
+        return dataclasses.replace(
+            cfg,
+            tag=weights.tag,
+            input_size=weights.input_size,
+            num_classes=weights.num_classes,
+            license=weights.licence,
+            **weights.cfg,
         )
 
 
@@ -106,11 +118,23 @@ def register(
         if not is_model(name):
             module = sys.modules[function.__module__]
             cfgs = module.__dict__.setdefault("default_cfgs", {})
-            cfgs[name] = DefaultCfg(tags=collections.deque([""]), cfgs={"": info.pretrained_cfg()})
+            cfgs[name] = _timm_cfgs(info)
             register_model(entry)
         return entry
 
     return decorate
+
+
+def _timm_cfgs(info: ModelInfo) -> DefaultCfg:
+    """What timm's registry keeps: a description for every weight tag, with an address where there is one."""
+    cfgs = {"": info.pretrained_cfg()}
+    if entries := published(info.name):
+        cfgs = {}
+        for weights in entries:
+            hub, file = hub_place(weights.mirrors[0]) if weights.mirrors else (None, None)
+            cfg, url = info.pretrained_cfg(weights), weights.working_link
+            cfgs[weights.tag] = dataclasses.replace(cfg, url=url, hf_hub_id=hub, hf_hub_filename=file)
+    return DefaultCfg(tags=collections.deque(cfgs), cfgs=cfgs)
 
 
 def list_models(pattern: str = "*", family: str | None = None) -> list[str]:
@@ -154,20 +178,25 @@ def create_model(
     """Create one of our models, or one of timm's, by name.
 
     Args:
-        name: a name of `list_models()`, or any name timm knows (`convnext_tiny`, `resnet50.a1_in1k`).
-        pretrained: load published weights where a working download is known.
+        name: a name of `list_models()`, or any name timm knows (`convnext_tiny`, `resnet50.a1_in1k`). A weight tag
+            (`swin_tiny.ms_in22k`) chooses among published weights, and sets classes and image size as they are.
+        pretrained: load published weights: the first ones that `striate weights NAME` shows, or those of the tag.
         checkpoint_path: load this file: ours, the authors', or timm's; see `load_checkpoint`.
         **kwargs: arguments of the model: `num_classes`, `in_chans`, `drop_path_rate`, `features_only`, …; those that
             are None count as not given.
 
     Raises:
-        ValueError: for an unknown name (with the closest ones), an argument that the model does not take, or a
-            checkpoint that does not fit.
+        ValueError: for an unknown name (with the closest ones), an argument that the model does not take, a
+            checkpoint that does not fit, or weights that cannot be downloaded.
+        striate.hub.HubError: (an OSError) if the network does not let weights through.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    if name in _MODELS:
-        return _MODELS[name].entry(pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
-    if not is_model(name.partition(".")[0]):
+    base, _, tag = name.partition(".")
+    if base in _MODELS and (tag in _tags(base) or not is_model_pretrained(name)):
+        if tag:
+            kwargs.setdefault("pretrained_cfg", tag)
+        return _MODELS[base].entry(pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
+    if not is_model(base):
         raise ValueError(_unknown(name, [*_MODELS, *timm.list_models()]))
     return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
 
@@ -185,7 +214,11 @@ def build(
     info: ModelInfo = kwargs.pop("info")
     pretrained = kwargs.pop("pretrained", False)
     checkpoint = kwargs.pop("checkpoint_path", None)
-    cfg = _resolve_cfg(info, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
+    tag_or_cfg, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    if isinstance(tag_or_cfg, str):
+        weights = _find_weights(info, tag_or_cfg)
+        kwargs = {**weights.args, "num_classes": weights.num_classes, **kwargs}
+    cfg = _resolve_cfg(info, tag_or_cfg, overlay)
     cache_dir = kwargs.pop("cache_dir", None)
     kwargs.pop("pretrained_model_args", None)  # timm's record of the arguments that a saved config brought along
     pyramid = {key: kwargs.pop(key) for key in ("out_indices", "feature_norms", "keep_time") if key in kwargs}
@@ -225,13 +258,31 @@ def _parameters(cls: type) -> set[str]:
     return names
 
 
+def _tags(name: str) -> list[str]:
+    return ["", *(weights.tag for weights in published(name))]
+
+
+def _find_weights(info: ModelInfo, tag: str) -> Weights:
+    for weights in published(info.name):
+        if weights.tag == tag:
+            return weights
+    known = ", ".join(_tags(info.name)[1:])
+    raise ValueError(
+        f"no weights {info.name}.{tag}: {f'the tags are {known}' if known else 'none are published under a tag'};"
+        " pass checkpoint_path=FILE for others"
+    )
+
+
 def _resolve_cfg(info: ModelInfo, cfg: Any, overlay: dict[str, Any] | None) -> dict[str, Any]:
-    """timm passes a PretrainedCfg, its dict, a weight tag or nothing."""
+    """timm passes a PretrainedCfg, its dict, a weight tag, or nothing, which means the first published weights."""
+    weights, given = None, {}
     if isinstance(cfg, str):
-        raise ValueError(f"no weights {info.name}.{cfg}: none are published under a tag yet; pass checkpoint_path=FILE")
-    if isinstance(cfg, PretrainedCfg):
-        cfg = cfg.to_dict()
-    return {**info.pretrained_cfg().to_dict(), **(cfg or {}), **(overlay or {})}
+        weights = _find_weights(info, cfg)
+    elif cfg is None:
+        weights, given = next(iter(published(info.name)), None), {"num_classes": 1000}  # whatever they were trained on
+    else:
+        given = cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg
+    return {**info.pretrained_cfg(weights).to_dict(), **given, **(overlay or {})}
 
 
 def _adapt_cfg(cfg: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:

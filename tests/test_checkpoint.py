@@ -1,13 +1,9 @@
-"""Reading files safely, and loading what is in them strictly."""
+"""Loading the state dicts of authors, of timm and of our own strictly; `test_reading.py` has the files."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
 import os
-import pathlib
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -51,11 +47,6 @@ def swin() -> dict[str, Tensor]:
 def small() -> dict[str, Tensor]:
     """A state dict of our own."""
     return make("biformer_nano").state_dict()
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "weights.pth"
 
 
 def assert_refused(model: nn.Module, source: Any, message: str) -> str:
@@ -178,68 +169,6 @@ def test_files(suffix, legacy, small, tmp_path) -> None:
     assert torch.equal(again.state_dict()["head.fc.weight"], small["head.fc.weight"])
 
 
-def test_arguments_of_a_training_run_beside_the_weights(small, file) -> None:
-    torch.save({"model": small, "args": argparse.Namespace(lr=1e-3, opt="adamw"), "epoch": 3}, file)
-    striate.load_checkpoint(make("biformer_nano"), file)
-
-
-def cut(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", r"weights\.pth is empty; download it again"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", r"is a git-lfs pointer.*run `git lfs pull`"),
-        (b"<!DOCTYPE html><html>Not found</html>", r"is a web page, not the weights; the download link"),
-        (b"\n  <html>", r"is a web page"),
-        (b"garbage, not a file of torch", r"weights\.pth (holds more than tensors .*or is damaged|is damaged)"),
-        (pickle.dumps([1, 2]), r"weights\.pth (holds a list, not a state dict|is damaged|holds more)"),
-    ],
-)
-def test_files_that_are_no_checkpoints(content, message, file) -> None:
-    file.write_bytes(content)
-    assert_refused(make("biformer_nano"), file, message)
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-@pytest.mark.parametrize("share", [0.999, 0.5, 0.01])
-def test_truncated_files(kind, share, small, tmp_path) -> None:
-    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
-    if kind == "safetensors":
-        safetensors.torch.save_file(small, path)
-    else:
-        torch.save({"model": small}, path, _use_new_zipfile_serialization=kind == "zip")
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-    assert_refused(make("biformer_nano"), path, r"damaged")
-
-
-def test_damaged_bytes_never_raise_anything_else(tmp_path) -> None:
-    """Errors of unpicklers are of nearly any type."""
-    random = torch.Generator().manual_seed(0)
-    path = tmp_path / "weights.pth"
-    for legacy in (False, True):
-        torch.save({"model": {"a": torch.zeros(3)}}, path, _use_new_zipfile_serialization=not legacy)
-        content = path.read_bytes()
-        for _ in range(150):
-            broken = bytearray(content)
-            for at in torch.randint(len(content), (8,), generator=random).tolist():
-                broken[at] = int(torch.randint(256, (), generator=random))
-            path.write_bytes(broken)
-            with contextlib.suppress(CheckpointError):
-                striate.backbones._checkpoint.read_file(path)
-
-
-def test_files_that_do_not_exist(tmp_path) -> None:
-    model = make("biformer_nano")
-    assert_refused(model, tmp_path / "nothing.pth", r"no checkpoint file .*nothing\.pth")
-    assert_refused(model, tmp_path, r"no checkpoint file")
-    with pytest.raises(CheckpointError, match="no checkpoint file"):
-        striate.create_model("biformer_nano", checkpoint_path=tmp_path / "nothing.pth")
-
-
 class Payload:
     """Makes a folder when it is unpickled."""
 
@@ -248,33 +177,6 @@ class Payload:
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.mkdir, (self.trace,)
-
-
-@pytest.mark.parametrize("forced", [False, True])
-@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "bin"])
-def test_code_in_a_file_does_not_run(kind, forced, small, tmp_path, monkeypatch) -> None:
-    trace = tmp_path / "it ran"
-    path = tmp_path / ("weights.bin" if kind == "bin" else "weights.pth")
-    content = {"model": small, "extra": Payload(trace)}
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
-    if forced:
-        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    text = assert_refused(make("biformer_nano"), path, r"refused and no code in it ran")
-    assert re.search(r"posix\.mkdir|nt\.mkdir|os\.mkdir|mkdir", text) or kind == "pickle"
-    assert "convert it to safetensors, where you trust it" in text
-    assert not trace.exists()
-    if kind != "pickle":
-        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0")
-        torch.load(path, weights_only=False)
-        assert trace.exists()  # the payload is a live one
-
-
-def test_objects_that_are_no_tensors_are_named(small, file) -> None:
-    torch.save({"model": small, "path": pathlib.PurePosixPath("x")}, file)
-    assert_refused(make("biformer_nano"), file, r"holds more than tensors \(pathlib\.PurePosixPath\)")
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, {"model": {}}, {"state_dict": {0: torch.zeros(1)}}])

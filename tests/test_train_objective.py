@@ -152,8 +152,8 @@ def test_teacher_from_a_file(tmp_path) -> None:
 def test_bad_teachers(tmp_path) -> None:
     with pytest.raises(ValueError, match="no model 'no_such_model'"):
         build_teacher(LossConfig(teacher="no_such_model"), 5, 1, PREPROCESS, CPU)
-    with pytest.raises(ValueError, match="no working download of swin_tiny is known"):
-        build_teacher(LossConfig(teacher="swin_tiny"), 1000, 3, PREPROCESS, CPU)
+    with pytest.raises(ValueError, match="no working download of biformer_nano is known"):
+        build_teacher(LossConfig(teacher="biformer_nano"), 1000, 3, PREPROCESS, CPU)
 
 
 @pytest.mark.parametrize(

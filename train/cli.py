@@ -32,6 +32,7 @@ COMMANDS = {
     "report": Command(".report:main", "show a run on one HTML page: curves, configuration, confusion matrix"),
     "list": Command(".cli:list_models", "list the models whose names match a pattern"),
     "info": Command(".cli:info", "show what is known about a model"),
+    "weights": Command(".weights:main", "show where weights are published, and which ones pretrained=True fetches"),
     "benchmark": Command(".benchmark:main", "measure speed and memory of a model"),
     "profile": Command(".profile:main", "estimate the energy of a model, layer by layer, from spikes on real images"),
     "push": Command(".publish:main", "publish a model on the Hugging Face Hub, or to a folder"),
