@@ -39,6 +39,7 @@ COMMANDS = {
     "pull": Command(".publish:pull_command", "fetch a published model"),
     "export": Command(".export:main", "write a model for inference: a folder, packed to bits if binary, .pt2 or .onnx"),
     "kernels": Command(".kernels:main", "compile the Triton kernels for a GPU and show what each needs"),
+    "zoo": Command(".zoo:main", "show all models on one HTML page: table, search, accuracy against cost or speed"),
     "demo": Command(".demo:main", "train, publish and look into a small BiFormer on the embedded images"),
 }
 

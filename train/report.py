@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.resources
 import json
 import math
 import sys
@@ -12,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from .config import check_output, read_config_file
 from .evaluate import in_the_middle
 from .log import read_log
 from .model import read_metadata
+from .page import fill_page
 from .state import RunFolder, write_whole
 
 CONFUSION = "confusion.csv"
@@ -51,7 +50,6 @@ def render_report(run: RunFolder) -> str:
     metadata = read_metadata(best) if best.is_file() else {}
     name = config.get("model", {}).get("name", "?")
     parts = {
-        "title": escape(f"{name} on {config.get('data', {}).get('name', '?')}"),
         "subtitle": escape(_state(run, records, summary)),
         "tiles": "".join(_tile(label, value) for label, value in _numbers(records, summary, metadata)),
         "curves": "".join(_figure(title, curves) for title, curves in _curves(records)),
@@ -59,8 +57,7 @@ def render_report(run: RunFolder) -> str:
         "environment": _card("Environment", _environment(summary, metadata)) + _card("Weights", _weights(metadata)),
         "config": "".join(_card(group, keys) for group, keys in config.items()),
     }
-    page = importlib.resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    return Template(page).substitute(parts)
+    return fill_page("report.html", f"{name} on {config.get('data', {}).get('name', '?')}", **parts)
 
 
 def _state(run: RunFolder, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> str:
