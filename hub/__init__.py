@@ -10,6 +10,7 @@ from ..backbones._hub_files import (
     TokenError,
     UnreachableError,
 )
+from ..backbones._recognise import recognise
 from .factory import create_model
 from .publish import pull, push
 
@@ -25,4 +26,5 @@ __all__ = [
     "create_model",
     "pull",
     "push",
+    "recognise",
 ]

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from .. import backbones
-from ..backbones import Backbone, FeaturePyramid
+from ..backbones import Backbone, FeaturePyramid, load_checkpoint
 from ..backbones._checkpoint import read_file
 from ..backbones._hub_files import Access
+from ..backbones._recognise import find_fits
 from .config import SavedConfig, is_ours, read_config
 from .sources import CONFIG, WEIGHTS, Repository, Source, parse_source
 
@@ -65,6 +66,24 @@ def create_model(
     if not isinstance(model, (Backbone, FeaturePyramid)):
         # timm before 1.0.31 keeps no record of them for `push`
         model.model_args = {key: value for key, value in kwargs.items() if value is not None}  # type: ignore[assignment]
+    return model
+
+
+def create_recognised(path: str | Path, **kwargs: Any) -> nn.Module:
+    """Create the one registered model that a file of weights belongs to by its keys and shapes, with these weights.
+
+    Raises:
+        ValueError: the file cannot be read safely, no model fits, or several do, so that the name has to be given.
+    """
+    content = read_file(Path(path))
+    fits = find_fits(content)
+    names = [fit.name for fit in fits]
+    if len(fits) != 1 or fits[0].changes:
+        found = f"has the keys and shapes of {', '.join(names)}" if names else "fits no registered model"
+        raise ValueError(f"{path} {found}; give the model's name, and the file as its checkpoint_path")
+    logger.info("%s is recognised as %s", path, fits[0])
+    model = backbones.create_model(names[0], **{**fits[0].args, **kwargs})
+    load_checkpoint(model, content)  # type: ignore[arg-type]
     return model
 
 

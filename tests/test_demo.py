@@ -46,7 +46,8 @@ def test_every_step_leaves_its_result(finished: tuple[Path, list[str]]) -> None:
     folder, _ = finished
     summary = json.loads((folder / "run" / "summary.json").read_text())
     hub = folder / "hub" / "biformer_nano"
-    assert sorted(p.name for p in hub.iterdir()) == ["README.md", "config.json", "metrics.json", "model.safetensors", "recipe.txt"]
+    files = ["README.md", "config.json", "metrics.json", "model.safetensors", "recipe.txt"]
+    assert sorted(p.name for p in hub.iterdir()) == files
     card = (hub / "README.md").read_text()
     assert f"{summary['best']['top1']:.6g}" in card
     assert "80 photos" in card

@@ -1,4 +1,4 @@
-"""The order of the house: torch, timm <- ops <- backbones <- hub <- {train, detection, segmentation}."""
+"""The order of the house: torch, timm <- ops <- backbones <- hub <- {train, detection <- segmentation}."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "hub": {"ops", "backbones"},
     "train": {"ops", "backbones", "hub", "configs"},
     "detection": {"ops", "backbones", "hub"},
-    "segmentation": {"ops", "backbones", "hub"},
+    "segmentation": {"ops", "backbones", "hub", "detection"},  # one adapter serves both
     "configs": set(),
 }
 MAY_USE = {"ops": {"torch", "triton", "numba", "numpy"}}  # of other people's packages; elsewhere pyproject.toml decides

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import striate
-from striate.train.cli import main
+from striate.train.cli import EXIT_USAGE, main
 from striate.train.predict import find_images, predict, read_batches
 
 NAMES = ["cat", "a dog, or a wolf", "<b>cow</b>", "hen"]
@@ -136,3 +136,17 @@ def test_files_come_as_they_are_given_and_batches_hold_only_readable_ones(images
     assert [[path.name for path in names] for names, _ in found] == [["z.png", "x.jpg"]]
     assert found[0][1].shape == (2, 1, 50, 40)
     assert len(failures) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--task", "draw"], "--task draw: give classify, detect or segment"),
+        (["a.png", "--task"], "expected one argument"),
+        (["--task", "segment", "config.py", "w.pth", "a.png", "--output", "o"], "mmengine is not installed"),
+    ],
+)
+def test_other_tasks(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """This environment has no OpenMMLab; what is drawn is seen in the tests that have one."""
+    assert main(["predict", *words]) == EXIT_USAGE
+    assert told in capsys.readouterr().err

@@ -99,8 +99,10 @@ def test_weights_without_a_story(hub: Hub, run_folder: Path, tmp_path: Path) -> 
     torch.save(model.state_dict(), tmp_path / "w.pth")
     options = ["--model.checkpoint_path", str(tmp_path / "w.pth"), "--model.num_classes", "3"]
     assert cli.main(["push", "biformer_tiny", "org/own", *options, "--description", "Mine.", "--licence", "mit"]) == 0
-    for name in ("org/last", "org/own"):
+    assert cli.main(["push", str(tmp_path / "w.pth"), "org/recognised"]) == 0
+    for name in ("org/last", "org/own", "org/recognised"):
         assert sorted(hub.repos[name].head.files) == [".gitattributes", *FILES]
+    assert_equal(striate.create_model("hf-hub:org/recognised"), model)
     assert_equal(striate.create_model("hf-hub:org/own"), model)
     assert b"Mine." in hub.repos["org/own"].head.files["README.md"].data
 

@@ -145,7 +145,7 @@ def test_command_on_a_weight_file(run: Path, tmp_path: Path, capsys: pytest.Capt
     save_file(load_file(copy), plain)
     for file in (plain, run / "state.pt"):
         assert main(["validate", str(file), "--data.name", "fashion-mnist-subset"]) == 2
-        assert f"give the model's name and --model.checkpoint_path {file}" in capsys.readouterr().err
+        assert f"{file} fits no registered model; give the model's name, and the file as" in capsys.readouterr().err
 
 
 def test_what_the_answers_are_written_to(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

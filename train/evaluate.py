@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..hub.factory import create_recognised
 from .augment import eval_transform
 from .config import ConfigParser, DataConfig, ModelConfig, check_output, load_config
 from .data import EvalImages, LabelledImages, Source, eval_loader, image_mode, open_source, resolve_preprocess
@@ -389,15 +390,18 @@ def open_model(values: dict[str, Any], run: RunFolder | None) -> tuple[nn.Module
 
 
 def load_file(path: Path, options: dict[str, Any] | None = None) -> nn.Module:
-    """The model in a weight file that a run or `striate average` wrote; see `load_trained`.
+    """The model in a weight file: one that a run or `striate average` wrote, see `load_trained`, or the authors'.
 
     Raises:
-        ValueError: the file does not say which model it holds, or its weights do not fit.
+        ValueError: the file does not tell which model it holds, or its weights do not fit.
     """
     try:
         read_metadata(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; give the model's name and --model.checkpoint_path {path}") from error
+    except ValueError:
+        try:
+            return create_recognised(path, **(options or {})).eval()
+        except ValueError as error:
+            raise ValueError(f"{error}: NAME --model.checkpoint_path FILE") from error
     return load_trained(path.parent, path.stem, options)
 
 

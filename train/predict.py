@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ from .evaluate import (
 from .state import write_whole
 
 DATA_KEYS = ("image_size", "batch_size", "preprocess")
+DRAWING = {"detect": "..detection.cli", "segment": "..segmentation.cli"}  # the task's command line
 COLUMNS = ("image", "rank", "class", "name", "probability")
 
 
@@ -131,6 +134,12 @@ def predict_parser() -> ConfigParser:
         "predict", "Classify images.", usage="striate predict MODEL IMAGE_OR_FOLDER [IMAGE_OR_FOLDER …] [OPTIONS]"
     )
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE_OR_FOLDER", help="folders with all inside them")
+    parser.add_argument(
+        "--task",
+        type=str,
+        default="classify",
+        help="detect or segment: draw with CONFIG CHECKPOINT IMAGE …",
+    )
     parser.add_argument("--topk", type=int, default=5, help="classes per image")
     parser.add_argument("--classes", type=str, default=None, metavar="FILE", help="names of the classes, one a line")
     parser.add_argument("--output", type=str, default=None, metavar="FILE", help="write a .csv or .json file")
@@ -162,7 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError, OSError: the model, an image or a folder cannot be had, or the output cannot be written.
     """
-    values, run = parse_source(predict_parser(), list(sys.argv[1:] if argv is None else argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if (task := _task(words)) != "classify":
+        return int(importlib.import_module(DRAWING[task], __package__).predict(words))
+    values, run = parse_source(predict_parser(), words)
     output = check_output("--output", values["output"], (".csv", ".json"))
     data = DataConfig(name="folder", **values["data"])
     for option, number in (("--topk", values["topk"]), ("--data.batch_size", data.batch_size)):
@@ -186,6 +198,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     for failure in failures:
         print(f"striate predict: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _task(words: list[str]) -> str:
+    """What `--task` says; it is taken out of `words`.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--task", default="classify")
+    try:
+        found, words[:] = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    if found.task not in ("classify", *DRAWING):
+        raise ValueError(f"--task {found.task}: give classify, {' or '.join(DRAWING)}")
+    return str(found.task)
 
 
 def _write(path: Path, record: dict[str, Any], found: Sequence[Prediction]) -> None:

@@ -34,9 +34,7 @@ def push_parser() -> ConfigParser:
     parser.add_argument("--message", type=str, default="Add model", help="of the commit")
     parser.add_argument("--dataset", type=str, default=None, help="identifier of the data that a run was evaluated on")
     parser.add_argument("--description", type=str, default=None, help="first paragraph of the card")
-    parser.add_argument(
-        "--licence", type=str, default=None, help="of the weights; default: that of the source"
-    )
+    parser.add_argument("--licence", type=str, default=None, help="of the weights; default: that of the source")
     parser.add_argument("--endpoint", type=str, default=None, help="address of a hub; default: HF_ENDPOINT")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -1,0 +1,13 @@
+# Semantic FPN with CrossFormer++-B (cheerss/CrossFormer)
+_base_ = ["../_base_/semantic_fpn.py", "../_base_/ade20k_80k.py"]
+model = dict(
+    backbone=dict(
+        name="crossformer_pp_base",
+        feature_norms=False,
+        group_size=(7, 7, 7, 7),
+        interval=(8, 4, 2, 1),
+        drop_path_rate=0.3,
+        init_cfg=dict(type="Pretrained", checkpoint="checkpoints/crossformer-pp-b.pth"),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

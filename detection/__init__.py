@@ -1,0 +1,1 @@
+"""Backbones in object detectors: `.mmdet` for mmdetection, `.torchvision` for torchvision's; nothing loads unasked."""

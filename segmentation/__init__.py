@@ -1,0 +1,1 @@
+"""Backbones in semantic segmentation: `.mmseg` for mmsegmentation; nothing loads unasked."""
