@@ -20,7 +20,6 @@ from ..backbones._checkpoint import EMA_WRAPPERS, WRAPPERS, strip_prefix, unwrap
 from ..backbones._hub_files import sha256
 from ..backbones._reading import read_file
 from ..backbones._recognise import Fit, collected_messages, find_closest, find_fits, try_fit
-from .folders import check_replaceable
 from .publish import push
 from .sources import LOCAL
 
@@ -72,8 +71,6 @@ def _checked_target(file: str, to: str) -> Path:
             raise ValueError(f"--to {to} cannot be written; give a file in a folder that exists and is yours")
     elif target.suffix and not target.is_dir():
         raise ValueError(f"--to {to} must end in .safetensors, or name a folder")
-    else:
-        check_replaceable(target)
     return target
 
 

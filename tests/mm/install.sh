@@ -10,7 +10,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$(dirname "$here")")
 kind=${1:-fork}
-cache=${STRIATE_CACHE:-$HOME/.cache/striate}
+cache=${STRIATE_CACHE:-${HOME:-/tmp}/.cache/striate}
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 mmcv=2.3.6
 venv=$cache/mm-$kind
