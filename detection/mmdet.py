@@ -33,7 +33,8 @@ from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..backbones import FeaturePyramid, load_checkpoint
+from ..backbones import CheckpointError, FeaturePyramid, load_checkpoint
+from ..backbones._reading import read_file
 from ..hub.sources import HUB, LOCAL, WEIGHTS, Repository, parse_source
 from ._pyramid import create_pyramid, pyramid_maps
 
@@ -179,7 +180,11 @@ class StriateBackbone(BaseModule):
     def _load(self, checkpoint: str) -> None:
         path = _local_file(checkpoint)
         if isinstance(self.pyramid, FeaturePyramid):
-            load_checkpoint(self.pyramid, path)
+            content = read_file(path, inert=True)  # mmengine saves objects of its own beside the weights
+            try:
+                load_checkpoint(self.pyramid, content)
+            except CheckpointError as error:
+                raise CheckpointError(f"{checkpoint}: {error}") from error
         else:  # timm loads strictly before it cuts a model into features
             overlay = dict(file=str(path))
             source = create_pyramid(

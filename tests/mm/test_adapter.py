@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel, BaseModule
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
@@ -146,9 +147,9 @@ def authors(state: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.parametrize("kind", ["classification", "detection", "ours", "ours_pyramid", "hub"])
-def test_weights_of(kind, tmp_path, messages) -> None:
-    pyramid = kind in ("detection", "ours_pyramid")
+@pytest.mark.parametrize("kind", ["classification", "detection", "ours", "ours_pyramid", "runner", "folder", "hub"])
+def test_weights_of(kind, tmp_path, messages, request) -> None:
+    pyramid = kind in ("detection", "ours_pyramid", "runner")
     source = trained("swin_tiny", **(dict(features_only=True, feature_norms=True) if pyramid else {}))
     state = source.state_dict()
     path = tmp_path / "file.pth"
@@ -158,7 +159,15 @@ def test_weights_of(kind, tmp_path, messages) -> None:
     elif kind == "detection":
         inside = {f"backbone.{key}": value for key, value in authors(state).items()}
         torch.save({"state_dict": {**inside, "neck.weight": torch.ones(1), "norms.weight": torch.ones(1)}}, path)
+    elif kind == "runner":  # mmengine's, which keeps the losses of the training in a class of its own
+        inside = {f"backbone.{key.removeprefix('backbone.')}": value for key, value in state.items()}
+        log = {"train/loss": HistoryBuffer([1.0, 0.5], [1, 1])}
+        torch.save({"state_dict": inside, "message_hub": {"log_scalars": log}}, path)
     elif kind == "hub":
+        request.getfixturevalue("hub")
+        striate.push(source, "org/model")
+        address = "hf-hub:org/model"
+    elif kind == "folder":
         striate.push(source, f"local-dir:{tmp_path / 'saved'}")
         address = f"local-dir:{tmp_path / 'saved'}"
     else:
