@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Task:
@@ -37,6 +39,8 @@ def main(task: Task, argv: Sequence[str]) -> int:
 
     config = read_config(task, args.config, args.cfg_options)
     config.launcher = args.launcher or ("pytorch" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "none")
+    if config.launcher == "pytorch":
+        _join_without_gpu(config)
     if args.work_dir:
         config.work_dir = args.work_dir
     elif not config.get("work_dir"):
@@ -130,6 +134,17 @@ def read_config(task: Task, name: str, changes: Sequence[str] = ()) -> Any:
     if changes:
         config.merge_from_dict(parser.parse_args(["--options", *changes]).options)
     return config
+
+
+def _join_without_gpu(config: Any) -> None:
+    """Of torchrun on CPUs: mmengine itself would ask for a GPU per process."""
+    from mmengine.device import get_device
+
+    if get_device() == "cpu":
+        torch.distributed.init_process_group("gloo")
+        unused = config.get("find_unused_parameters", False)
+        wrapper = dict(type="MMDistributedDataParallel", broadcast_buffers=False, find_unused_parameters=unused)
+        config.setdefault("model_wrapper_cfg", dict(wrapper, device_ids=None))
 
 
 def _existing(checkpoint: str) -> str:

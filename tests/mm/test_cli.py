@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +63,21 @@ def test_train_resume_test_predict(task, drawn, tmp_path, capsys) -> None:
             assert labels.size == (128, 128)
 
 
+def test_two_processes(drawn, tmp_path) -> None:
+    config = jobs.shrink("segmentation/swin/upernet_tiny_160k", drawn, tmp_path / "run", batch=2)
+    (tmp_path / "small.py").write_text(jobs.last_for(config, 1).pretty_text)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "striate.train.cli", "segment", "train", str(tmp_path / "small.py")]
+    command += ["--cfg-options", "log_level=INFO"]
+    places = os.pathsep.join(str(Path(__file__).parents[level]) for level in (1, 2))
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": places}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"Distributed training: True\s+GPU number: 2", done.stdout + done.stderr)
+    assert (tmp_path / "run/iter_1.pth").is_file()
+
+
 def test_own_configs_have_short_names() -> None:
     assert runner.config_path(runner.DETECT, "swin/mask_rcnn_tiny_1x").name == "mask_rcnn_tiny_1x.py"
     assert runner.config_path(runner.SEGMENT, "swin/upernet_tiny_160k").is_file()
@@ -79,6 +98,7 @@ def test_amp_and_launcher(monkeypatch, tmp_path) -> None:
             pass
 
     monkeypatch.setattr("mmengine.runner.Runner", Silent)
+    monkeypatch.setattr(runner, "_join_without_gpu", lambda _: None)
     monkeypatch.setenv("WORLD_SIZE", "8")  # of torchrun
     assert segment.main(["train", "swin/upernet_tiny_160k", "--amp", "--resume"]) == 0
     monkeypatch.delenv("WORLD_SIZE")
