@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from striate.ops import _triton
 
-SLOT_BITS = 40  # a pointer in a kernel is (number of the argument) << 40 plus the offset into it
+SLOT_BITS = 40  # a pointer in a kernel is (number of the argument) << 40 plus an offset
 MANY = -2  # read by more than one program
 NOBODY = -1
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "waves_per_eu", "matrix_instr_nonkdim", "kpack"}
@@ -334,7 +334,8 @@ class _Interpreter:
         if value.device.type != "cpu":
             raise ValueError(f"{name} is on {value.device}; the interpreter runs on CPU tensors")
         number = len(self.builder.arguments) + 1
-        start = (number << SLOT_BITS) + value.data_ptr() % 4096  # keeps the alignment
+        # the alignment is kept, and what lies just before a tensor at the start of a page is still its own slot
+        start = (number << SLOT_BITS) + (1 << (SLOT_BITS - 1)) + value.data_ptr() % 4096
         last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
         size = (last + 1) * value.element_size() if value.numel() else 0
         self.builder.arguments.append(_Argument(name, value, start, size))
