@@ -12,7 +12,7 @@ from typing import Any
 
 import mmengine.config.utils
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 import synthetic
@@ -22,16 +22,17 @@ from striate.detection.runner import DETECT, SEGMENT, Task, read_config
 mmengine.config.utils._get_cfg_metainfo = functools.lru_cache(mmengine.config.utils._get_cfg_metainfo)
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-SMALL: dict[str, dict[str, Any]] = {  # of every family with configs, dims 32, 64, 128, 256
+SMALL: dict[str, dict[str, Any]] = {  # of every family with configs
     "biformer": dict(name="biformer_nano"),
     "swin": dict(name="swin_tiny", dim=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8)),
     "davit": dict(name="davit_tiny", dims=(32, 64, 128, 256), num_heads=(1, 2, 4, 8)),
     "crossformer": dict(name="crossformer_small", dim=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8)),
     "crossformer_pp": dict(name="crossformer_pp_small", dim=32, depths=(1, 4, 2, 1), num_heads=(1, 2, 4, 8)),
     "vig": dict(name="vig_h_tiny", dims=(32, 64, 128, 256), depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8)),
+    "metaspikformer": dict(name="metaspikformer_15m", dims=(32, 64, 128, 256), depths=(1, 1, 1, 1)),
+    "qsd_transformer": dict(name="qsd_transformer_15m", dims=(32, 64, 128, 256), depths=(1, 1, 1, 1)),
 }
 _numbers = itertools.count()
-WIDTHS = [32, 64, 128, 256]
 
 
 def task_of(name: str) -> Task:
@@ -88,7 +89,8 @@ def shrink(name: str, data: Path, work: Path, batch: int = 4, lr: float = 1e-3, 
         config.model.backbone = dict(type="StriateBackbone", feature_norms=True)
         backbone = config.model.backbone
     backbone.update(copy.deepcopy(SMALL[family or name.split("/")[1]]), drop_path_rate=0.0)
-    widths = WIDTHS[len(WIDTHS) - len(config.model.backbone.get("out_indices", WIDTHS)) :]
+    use_scope(config)
+    widths = list(MODELS.build(backbone).out_channels)
     if "neck" in config.model:
         change(config.model, {"in_channels": _narrow, "feat_channels": _narrow, "conv_out_channels": _narrow})
         change(config.model, {"fc_out_channels": lambda old: 128, "out_channels": _narrow})
