@@ -154,6 +154,12 @@ def _existing(checkpoint: str) -> str:
 
 
 def _use_amp(config: Any) -> None:
+    from mmengine.device import get_device
+
+    if get_device() == "cpu":
+        raise ValueError(
+            "--amp: mmengine trains in mixed precision on accelerators alone, and here is none; leave it out"
+        )
     kind = config.optim_wrapper.get("type", "OptimWrapper")
     if kind not in ("OptimWrapper", "AmpOptimWrapper"):
         raise ValueError(f"--amp: the config's optim_wrapper is {kind}; mixed precision needs OptimWrapper")

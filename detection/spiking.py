@@ -1,8 +1,8 @@
 """Mask R-CNN's neck and heads in spikes, for mmdetection.
 
 Source: "Spike-driven Transformer V2" (arXiv 2404.03663), the detector of BICLab/Spike-Driven-Transformer-V2. Every
-layer reads the spikes of neurons in front of it, but for the last linear ones of the boxes. The authors' heads can iterate
-over time steps; their published detectors have one, and so have these: a backbone of several gives mean maps.
+layer reads the spikes of neurons in front of it, but for the last linear ones of the boxes. The authors' heads can
+iterate over time steps; their published detectors have one, and so have these: a backbone of several gives mean maps.
 
     custom_imports = dict(imports=["striate.detection.mmdet", "striate.detection.spiking"], allow_failed_imports=False)
     model = dict(neck=dict(type="SpikeFPN"), rpn_head=dict(type="SpikeRPNHead"), …)
@@ -36,6 +36,10 @@ class SpikeFPN(FPN):
 class SpikeRPNHead(RPNHead):
     """Region proposals out of spikes; the arguments are those of mmdetection's `RPNHead`."""
 
+    rpn_conv: nn.Module
+    rpn_cls: nn.Module
+    rpn_reg: nn.Module
+
     def _init_layers(self) -> None:
         super()._init_layers()
         convs = self.rpn_conv if isinstance(self.rpn_conv, nn.Sequential) else [self.rpn_conv]
@@ -62,6 +66,9 @@ class SharedSpike2FCBBoxHead(Shared2FCBBoxHead):
 @MODELS.register_module()
 class SpikeFCNMaskHead(FCNMaskHead):
     """Masks of regions out of spikes; the arguments are those of mmdetection's `FCNMaskHead`."""
+
+    upsample: nn.Module | None
+    conv_logits: nn.Module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

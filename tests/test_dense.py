@@ -65,13 +65,23 @@ def inside(maps: list[Tensor], like: list[Tensor]) -> list[Tensor]:
     return [m[:, :, : small.shape[2], : small.shape[3]] for m, small in zip(maps, like, strict=True)]
 
 
-@pytest.mark.parametrize(("name", "levels"), [("swin_tiny", (0, 1, 2, 3)), ("crossformer_small", (0,))])
-def test_padding_stays_outside_of_windows_that_end_with_the_image(name, levels) -> None:
+@pytest.mark.parametrize(
+    ("name", "levels", "side"),
+    [
+        ("swin_tiny", (0, 1, 2, 3), 224),
+        ("swinv2_tiny_window8_256", (0, 1, 2, 3), 256),
+        ("crossformer_small", (0,), 224),
+        ("crossformer_pp_small", (0,), 224),
+    ],
+)
+def test_padding_stays_outside_of_windows_that_end_with_the_image(name, levels, side) -> None:
     torch.manual_seed(1)
-    model = thin(name, depths=(1, 1, 1, 1), out_indices=levels)  # no shifted and no dilated windows, 224 is whole ones
-    x = torch.rand(1, 3, 224, 224)
+    model = thin(
+        name, depths=(1, 1, 1, 1), out_indices=levels
+    )  # no shifted and no dilated windows, `side` is whole ones
+    x = torch.rand(1, 3, side, side)
     with torch.no_grad():
-        alone, bordered = model(x), model(padded(x, 256, 320))
+        alone, bordered = model(x), model(padded(x, side + 32, side + 96))
     assert max(relative(b, a) for a, b in zip(alone, inside(bordered, alone), strict=True)) < 1e-5
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
 from PIL import Image, ImageChops
 
 from mm import jobs
@@ -98,6 +100,7 @@ def test_amp_and_launcher(monkeypatch, tmp_path) -> None:
             pass
 
     monkeypatch.setattr("mmengine.runner.Runner", Silent)
+    monkeypatch.setattr("mmengine.device.get_device", lambda: "cuda")
     monkeypatch.setattr(runner, "_join_without_gpu", lambda _: None)
     monkeypatch.setenv("WORLD_SIZE", "8")  # of torchrun
     assert segment.main(["train", "swin/upernet_tiny_160k", "--amp", "--resume"]) == 0
@@ -116,6 +119,27 @@ def test_amp_and_launcher(monkeypatch, tmp_path) -> None:
     assert (one.launcher, one.optim_wrapper.type, one.load_from) == ("none", "OptimWrapper", str(tmp_path / "last.pth"))
 
 
+@pytest.mark.parametrize("name", [name for _, name in RUNS.values()])
+def test_losses_in_mixed_precision(name, drawn, tmp_path) -> None:
+    """What `--amp` does to the model, which mmengine itself refuses to do on a CPU."""
+    config = jobs.shrink(name, drawn, tmp_path, batch=2)
+    jobs.use_scope(config)
+    torch.manual_seed(0)
+    model = MODELS.build(config.model).train()
+    data = model.data_preprocessor(next(iter(Runner.build_dataloader(config.train_dataloader, seed=0))), training=True)
+    totals = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, _ = model.parse_losses(model(**data, mode="loss"))
+        totals.append(float(loss.detach()))
+    loss.backward()
+    assert totals[0] != totals[1]
+    assert totals[1] == pytest.approx(totals[0], rel=0.05)
+    gradients = [p.grad for p in model.backbone.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
@@ -123,6 +147,7 @@ def test_amp_and_launcher(monkeypatch, tmp_path) -> None:
         (["train", "swin/upernet_tiny_160k", "--resume", "none.pth"], "no checkpoint none.pth"),
         (["test", "swin/upernet_tiny_160k", "none.pth"], "no checkpoint none.pth"),
         (["train", "swin/upernet_tiny_160k", "--cfg-options", "model"], "key=value"),
+        (["train", "swin/upernet_tiny_160k", "--amp"], "--amp.*accelerators"),
     ],
 )
 def test_wrong_requests(words, match) -> None:
