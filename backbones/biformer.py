@@ -147,6 +147,10 @@ class BiFormer(Backbone):
         regions = to_size(num_regions, "num_regions")
         if not len(dims) == len(depths) == len(topks):
             raise ValueError(f"dims={dims}, depths={depths}, topks={topks} must have one entry per stage")
+        if wrong := [dim for dim, topk in zip(dims, topks, strict=True) if topk != FULL and dim % head_dim]:
+            raise ValueError(
+                f"dims={dims}: {wrong[0]} is no multiple of head_dim={head_dim}; pass a head_dim that fits"
+            )
         if max(topks) > regions[0] * regions[1]:
             raise ValueError(f"topks={topks} exceed the {regions[0]}x{regions[1]} regions; pass a larger num_regions")
         drops = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))

@@ -7,12 +7,10 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from ..backbones import CheckpointError, FeaturePyramid, create_model, load_checkpoint, model_info
@@ -20,6 +18,7 @@ from ..backbones._checkpoint import EMA_WRAPPERS, WRAPPERS, strip_prefix, unwrap
 from ..backbones._hub_files import sha256
 from ..backbones._reading import read_file
 from ..backbones._recognise import Fit, collected_messages, find_closest, find_fits, try_fit
+from .folders import save_weights, write_whole
 from .publish import push
 from .sources import LOCAL
 
@@ -176,23 +175,15 @@ def _checked_state(file: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _write(target: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Beside its place first, read again there, and then moved to it."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".safetensors", dir=target.absolute().parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        safetensors.torch.save_file(state, temporary, metadata)
+    """Beside its place first, and moved there once it could be read again."""
+
+    def write(temporary: Path) -> None:
+        save_weights(state, temporary, metadata)
         found = read_file(temporary)
         if found.keys() != state.keys() or not all(found[key].equal(value) for key, value in state.items()):
-            raise OSError(f"{target} comes back differently from the disk; try another one")
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # temporary files are for their owner alone
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+            raise OSError("it comes back differently from the disk")
+
+    write_whole(target, write)
 
 
 def _report(record: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole or not at all."""
+"""Files and folders that are written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,55 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import safetensors.torch
+from torch import Tensor
+
 from .sources import CONFIG, FILES
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file beside `path`, flush it to the disk and rename it to `path`.
+
+    Raises:
+        OSError: the disk is full, or the folder may not be written; `path` is what it was before.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        old = "the one before is still there" if path.exists() else "nothing is left of it"
+        raise OSError(
+            getattr(error, "errno", None), f"{path} could not be written ({reason}; {_free(path)}); {old}"
+        ) from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB free"
+    except OSError:
+        return "its folder cannot be read"
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write safetensors that others may read as far as the process lets them, which safetensors itself does not."""
+    safetensors.torch.save_file(dict(state), path, metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import yaml
 from timm.utils import unwrap_model
@@ -19,7 +18,7 @@ from ..backbones._hub_files import Access, sha256
 from .card import is_untouched, render_card
 from .config import describe, read_config
 from .factory import create_model
-from .folders import check_replaceable, replaced
+from .folders import check_replaceable, replaced, save_weights
 from .sources import (
     CARD,
     COMMAND,
@@ -106,7 +105,7 @@ def push(
     def write(folder: Path) -> None:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # one entry: several are written in any order, and the same weights would have another checksum each time
-        safetensors.torch.save_file(state, folder / WEIGHTS, {"format": "pt"})
+        save_weights(state, folder / WEIGHTS, {"format": "pt"})
         card = render_card(
             f"{destination.kind}:{destination.location}",
             config,

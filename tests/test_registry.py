@@ -119,6 +119,7 @@ def test_weights_that_nobody_has() -> None:
             r"topks=\(1, 2, 4, 0\) exceed the 1x1 regions; pass a larger num_regions",
         ),
         ("biformer_nano", {"dims": (32, 64)}, r"dims=\(32, 64\).*one entry per stage"),
+        ("biformer_nano", {"dims": (16, 32, 64, 64)}, r"16 is no multiple of head_dim=32"),
     ],
 )
 def test_arguments_that_do_not_fit_together(name, arguments, message) -> None:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from striate.hub.folders import write_whole
 from striate.train.cli import main
 from striate.train.loop import NonFiniteLossError, RunStoppedError, Trainer, train
-from striate.train.state import RunFolder, write_whole
+from striate.train.state import RunFolder
 from train_helpers import arguments, first_difference, read_jsonl, record_of, small_config, stop_after, write_small_npz
 
 FUSED = {"optim__options": {"fused": True}}

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from striate.hub.folders import write_whole
 from striate.train.config import load_config
 from striate.train.data import train_loader
 from striate.train.evaluate import validate
@@ -23,7 +24,7 @@ from striate.train.log import read_log
 from striate.train.loop import Trainer, train
 from striate.train.model import load_trained, read_metadata
 from striate.train.optim import build_mixup, build_optimizer, build_scheduler, lr_scale
-from striate.train.state import RunFolder, write_whole
+from striate.train.state import RunFolder
 from train_helpers import read_jsonl, small_config, write_small_npz
 
 CPU = torch.device("cpu")

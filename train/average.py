@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..backbones._checkpoint import read_file, unwrap
+from ..hub.folders import write_whole
 from .config import check_output
 from .evaluate import in_the_middle
 from .model import read_metadata
-from .state import RunFolder, write_whole
+from .state import RunFolder
 
 
 def find_checkpoint(source: str | Path, weights: str = "best") -> Path:

@@ -412,8 +412,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main_growth(
     parser: argparse.ArgumentParser, args: dict[str, Any], models: list[str], as_json: bool, output: Path
 ) -> int:
+    from ..hub.folders import write_whole
     from . import growth
-    from .state import write_whole
 
     _refuse(parser, args, "--sizes", "size", "against", "against_dtype")
     del args["train"], args["ops"], args["loop"]
@@ -475,6 +475,6 @@ def _refuse(parser: argparse.ArgumentParser, args: dict[str, Any], mode: str, *o
 
 
 def _write(path: Path, text: str) -> None:
-    from .state import write_whole
+    from ..hub.folders import write_whole
 
     write_whole(path, lambda temporary: temporary.write_text(text))

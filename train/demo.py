@@ -25,13 +25,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import create_model, push
+from ..hub.folders import write_whole
 from .config import load_config
 from .data import LabelledImages, open_source
 from .evaluate import choose_device, validate
 from .evaluate import main as validate_command
 from .model import load_trained
 from .publish import FASHION_MNIST
-from .state import write_whole
 from .visualize import RoutingRow, draw_routing, routed_stages
 
 RECIPE = "biformer/nano_fashion"

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..hub.factory import create_recognised
+from ..hub.folders import write_whole
 from .augment import eval_transform
 from .config import ConfigParser, DataConfig, ModelConfig, check_output, load_config
 from .data import EvalImages, LabelledImages, Source, eval_loader, image_mode, open_source, resolve_preprocess
 from .errors import CommandFailedError
 from .model import build_model, load_trained, read_metadata
-from .state import RunFolder, write_whole
+from .state import RunFolder
 
 SOURCE_HELP = "run folder, its weight file, model name, local-dir:path or hf-hub:org/name"
 MODEL_KEYS = ("checkpoint_path", "num_classes", "in_chans", "pretrained", "options")

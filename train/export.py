@@ -28,10 +28,11 @@ from ..backbones._binary import BinaryBackbone, BinaryLinear, PackedLinear
 from ..backbones.binaryvit import PackedProjection
 from ..hub import push
 from ..hub.config import describe
+from ..hub.folders import write_whole
 from .config import ConfigParser
 from .evaluate import in_the_middle, open_model, source_parser
 from .measure import reference_path
-from .state import RunFolder, write_whole
+from .state import RunFolder
 
 AXES = {"batch": 0, "height": 2, "width": 3}
 CLOSE = 1e-4  # of the largest output: how far the answers of an exported program may be from PyTorch's

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .state import write_whole
+from ..hub.folders import write_whole
 
 
 class RunLog:

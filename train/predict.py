@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..hub.folders import write_whole
 from .augment import Transform, eval_transform
 from .benchmark import align
 from .config import ConfigParser, DataConfig, check_output
@@ -31,7 +32,6 @@ from .evaluate import (
     source_parser,
     write_csv,
 )
-from .state import write_whole
 
 DATA_KEYS = ("image_size", "batch_size", "preprocess")
 DRAWING = {"detect": "..detection.cli", "segment": "..segmentation.cli"}  # the task's command line

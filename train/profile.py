@@ -50,13 +50,14 @@ from tqdm import tqdm
 
 from ..backbones._spiking import Lif, Multispike
 from ..backbones.mst import Qcfs
+from ..hub.folders import write_whole
 from .benchmark import align
 from .config import ConfigParser, DataConfig, check_output
 from .data import eval_loader
 from .evaluate import choose_device, open_images, open_model, take_defaults
 from .growth import check_plotting
 from .measure import reference_path
-from .state import RunFolder, write_whole
+from .state import RunFolder
 
 E_MAC = 4.6  # pJ: a multiplication 3.7, an addition 0.9
 E_AC = 0.9

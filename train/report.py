@@ -13,12 +13,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..hub.folders import write_whole
 from .config import check_output, read_config_file
 from .evaluate import in_the_middle
 from .log import read_log
 from .model import read_metadata
 from .page import fill_page
-from .state import RunFolder, write_whole
+from .state import RunFolder
 
 CONFUSION = "confusion.csv"
 MAX_POINTS = 1200  # of a curve; more are not seen

@@ -7,13 +7,12 @@ the run is resumed.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..hub.folders import write_whole
 from .config import TrainConfig, config_changes, dump_config, read_config_file
 
 STATE_FORMAT = 2
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file beside `path`, flush it to the disk and rename it to `path`.
-
-    Raises:
-        OSError: the disk is full, or the folder may not be written; `path` is what it was before.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        old = "the one before is still there" if path.exists() else "nothing is left of it"
-        raise OSError(
-            getattr(error, "errno", None), f"{path} could not be written ({reason}; {_free(path)}); {old}"
-        ) from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _free(path: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB free"
-    except OSError:
-        return "its folder cannot be read"
 
 
 class RunFolder:

@@ -27,11 +27,11 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from torch import Tensor, nn
 
 from ..backbones.biformer import BiLevelRoutingAttention
+from ..hub.folders import write_whole
 from .augment import eval_transform
 from .config import ConfigParser, DataConfig
 from .evaluate import choose_device, in_the_middle, model_inputs, open_model, parse_source, source_parser
 from .predict import find_images, predict, read_image, read_names
-from .state import write_whole
 
 Box = tuple[float, float, float, float]
 

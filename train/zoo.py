@@ -17,10 +17,10 @@ from typing import Any
 from .. import __version__
 from ..backbones import ModelInfo, list_models, model_info
 from ..backbones._published import published
+from ..hub.folders import write_whole
 from .config import check_output
 from .evaluate import in_the_middle
 from .page import fill_page
-from .state import write_whole
 
 PAGE = "index.html"
 MODES = {"plain": "inference", "optimized": "optimised inference", "train": "training step"}
