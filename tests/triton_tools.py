@@ -81,7 +81,7 @@ def _boolean(mask: TensorHandle) -> TensorHandle:
 
 
 def _bfloat16(*handles: TensorHandle) -> bool:
-    return any(h.dtype.scalar == tl.bfloat16 for h in handles)
+    return "bf16" in [handle.dtype.scalar.name for handle in handles]
 
 
 class _Builder(InterpreterBuilder):
@@ -164,10 +164,13 @@ class _Builder(InterpreterBuilder):
         """Real addresses of the active lanes, after the checks; of the others 0."""
         seen = ptrs.data.astype(np.int64)
         active = np.broadcast_to(mask.data, seen.shape)
-        real = np.zeros_like(ptrs.data)
-        numbers = seen >> SLOT_BITS
-        for number in np.unique(numbers[active]):
-            lanes = active & (numbers == number)
+        real = np.zeros(seen.shape, np.uint64)
+        if not active.any():
+            return TensorHandle(real, ptrs.dtype)
+        numbers = seen[active] >> SLOT_BITS
+        several = numbers.min() != numbers.max()
+        for number in np.unique(numbers) if several else numbers[:1]:
+            lanes = active & (seen >> SLOT_BITS == number) if several else active
             if not 1 <= number <= len(self.arguments):
                 raise OutOfBoundsError(f"{self._where()}: {kind} far outside every argument")
             arg = self.arguments[number - 1]
@@ -275,6 +278,118 @@ class Meter:
             self.bytes_read += size
 
 
+# ------------------------------------------------------------------------------------------------------------- speed
+# Most of an interpreted operation is the work on types. Kernels use few, so that what follows from them is remembered.
+
+
+class _Semantic(TritonSemantic):
+    """Triton's rules for pairs of operands, applied once to each pair of types, or of a type and a number."""
+
+    def __init__(self, builder: _Builder) -> None:
+        super().__init__(builder)
+        self.known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def binary_op_type_checking_impl(self, lhs: Any, rhs: Any, *rules: bool, **more: bool) -> tuple[Any, Any]:
+        apply = super().binary_op_type_checking_impl
+        return self._remembered(lhs, rhs, (*rules, *more.items()), lambda: apply(lhs, rhs, *rules, **more))
+
+    def broadcast_impl_value(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        apply = super().broadcast_impl_value
+        return self._remembered(lhs, rhs, "broadcast", lambda: apply(lhs, rhs))
+
+    def _remembered(self, lhs: Any, rhs: Any, rules: Any, apply: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        key = _kind(lhs), _kind(rhs), rules
+        if key not in self.known:
+            left, right = apply()
+            kept = getattr(lhs, "type", None), getattr(rhs, "type", None)  # so that nothing else gets their addresses
+            self.known[key] = _change(lhs, left), _change(rhs, right), kept
+            return left, right
+        left, right, _ = self.known[key]
+        return self._changed(lhs, left), self._changed(rhs, right)
+
+    def _changed(self, operand: Any, change: tl.tensor | tl.dtype | None) -> Any:
+        if change is None:
+            return operand
+        if isinstance(change, tl.tensor):
+            return change
+        if operand.dtype is not change.scalar:
+            operand = self.cast(operand, change.scalar)
+        if not change.is_block() or operand.kind == id(change.made):
+            return operand
+        data = np.empty(change.shape.values, operand.handle.data.dtype)
+        data[...] = operand.handle.data
+        return tl.tensor(TensorHandle(data, operand.handle.dtype), change)
+
+
+def _kind(operand: Any) -> Any:
+    """What Triton's rules look at."""
+    if isinstance(operand, tl.tensor):
+        return operand.kind
+    return type(operand), repr(operand)  # of two zeros one may be negative
+
+
+def _change(before: Any, after: tl.tensor) -> tl.tensor | tl.dtype | None:
+    """None for an operand that stays as it is, the tensor of a number, or else the type that it gets."""
+    if after is before:
+        return None
+    return after.type if isinstance(before, tl.tensor) else after
+
+
+def _remember_types(stack: contextlib.ExitStack) -> None:
+    """Let equal types share what they are made of."""
+    make_block, unwrap = tl.block_type.__init__, tl.core._unwrap_if_constexpr
+    numpy_type = interpreter._get_np_dtype
+    blocks: dict[tuple[Any, ...], dict[str, Any]] = {}
+    numpy_types: dict[str, np.dtype] = {}
+    scalar = tl.tuple([]), tl.constexpr(1)
+
+    def block(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+        key = (id(element_ty), *[s.value if isinstance(s, tl.constexpr) else s for s in shape])
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            self.made = tl.tuple([tl.constexpr(s) for s in self.shape]), tl.constexpr(self.numel)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def tensor(self: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
+        if type.is_block():
+            made = type.made
+            self.kind = id(made)
+        else:
+            made = scalar
+            self.kind = id(type)
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = made
+
+    def numpy_type_of(dtype: tl.dtype) -> np.dtype:
+        name = dtype.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = numpy_type(dtype)
+        return numpy_types[name]
+
+    def unwrapped(value: Any) -> Any:
+        return value if isinstance(value, tl.tensor) else unwrap(value)
+
+    for owner, name, function in (
+        (tl.block_type, "__init__", block),
+        (tl.tensor, "__init__", tensor),
+        (tl.core, "_unwrap_if_constexpr", unwrapped),
+        (interpreter, "_get_np_dtype", numpy_type_of),
+    ):
+        stack.enter_context(mock.patch.object(owner, name, function))
+
+
+def _patch_builtin(obj: Any, name: str, member: Any, _: Any, scope: Any) -> None:
+    """Of a function of the language, one that gets the rules of the interpreter that runs."""
+    function, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
+
+    def builtin(*args: Any, **kwargs: Any) -> Any:
+        kwargs["_semantic"] = semantic
+        return function(*args, **kwargs)
+
+    scope.set_attr(obj, name, builtin)
+
+
 # ----------------------------------------------------------------------------------------------------------- running
 
 
@@ -359,9 +474,11 @@ def interpreted() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, value in (
             ("interpreter_builder", runner.builder),
-            ("interpreter_semantic", TritonSemantic(runner.builder)),
+            ("interpreter_semantic", _Semantic(runner.builder)),
+            ("_patch_attr", _patch_builtin),
         ):
             stack.enter_context(mock.patch.object(interpreter, name, value))
+        _remember_types(stack)
         scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         stack.callback(scope.restore)
         for name, member in inspect.getmembers(tl.tensor, lambda m: isinstance(m, JITFunction)):

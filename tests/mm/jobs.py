@@ -18,8 +18,13 @@ from mmengine.runner import Runner
 import synthetic
 from striate.detection.runner import DETECT, SEGMENT, Task, read_config
 
-# every external base reads a hundred files to find itself
-mmengine.config.utils._get_cfg_metainfo = functools.lru_cache(mmengine.config.utils._get_cfg_metainfo)
+
+def _without_metafile(package_path: str, config: str) -> dict[str, Any]:
+    raise ValueError(f"{config} is a base, which no metafile names")
+
+
+# mmengine reads a hundred files for every external base before it finds that out
+mmengine.config.utils._get_cfg_metainfo = _without_metafile
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 SMALL: dict[str, dict[str, Any]] = {  # of every family with configs
