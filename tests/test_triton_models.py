@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,20 +21,24 @@ from striate.ops import _backend
 from striate.ops.window_attention import triton as window
 from triton_tools import interpreted
 
-MODELS = {
-    "swin_tiny": dict(depths=(2, 1, 1, 1)),
-    "swinv2_tiny_window8_256": dict(depths=(1, 1, 1, 1), img_size=64),
-    "biformer_nano": dict(),
-    "maxvit_tiny": dict(depths=(1, 1, 1, 1)),
-    "crossformer_tiny": dict(depths=(1, 2, 1, 1)),
-    "davit_tiny": dict(depths=(1, 1, 1, 1)),
-    "vig_h_tiny": dict(depths=(1, 1, 1, 1)),
-}
+# side of the image and options: two stages are as good as four, as long as maps are padded and hold several groups
+MODELS: dict[str, tuple[int, dict[str, Any]]] = {
+    "swin_tiny": (32, dict(dim=64, depths=(2, 1), num_heads=(2, 4))),
+    "swinv2_tiny_window8_256": (48, dict(dim=64, depths=(2, 1), num_heads=(2, 4), img_size=32)),  # windows of 8 and 4
+    "biformer_nano": (64, dict(dims=(32, 64, 128), depths=(1, 1, 1), topks=(1, 2, 0))),  # by lists, by words, full
+    "maxvit_tiny": (32, dict(stem_dim=32, dims=(64, 128), depths=(1, 1))),
+    "crossformer_tiny": (
+        32, dict(dim=64, depths=(2, 1), num_heads=(2, 4), group_size=(7, 7), interval=(2, 1))
+    ),
+    "davit_tiny": (32, dict(dims=(64, 128), depths=(1, 1), num_heads=(2, 4))),
+    "vig_h_tiny": (48, dict(dims=(64, 128), depths=(1, 1), num_heads=(2, 4))),  # several chunks, and one
+}  # fmt: skip
 
 
-def make(name: str) -> tuple[nn.Module, Tensor]:
+def make(name: str, batch: int = 1) -> tuple[nn.Module, Tensor]:
+    side, options = MODELS[name]
     torch.manual_seed(0)
-    return striate.create_model(name, num_classes=5, **MODELS[name]), torch.randn(1, 3, 64, 64)
+    return striate.create_model(name, num_classes=5, **options), torch.randn(batch, 3, side, side)
 
 
 @pytest.fixture
@@ -142,26 +148,33 @@ def test_exported_programs_hold_the_kernels() -> None:
         assert relative(loaded.module()(x), model(x)) < 1e-4
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _gradients(rank: int, folder: str) -> list[Tensor]:
+    """Of the mean over two processes, each with one of two images."""
+    limit = timedelta(minutes=2)  # of waiting for a process that has died
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
     try:
-        model, _ = make("swin_tiny")
-        images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        model, images = make("swin_tiny", batch=2)
         parallel = nn.parallel.DistributedDataParallel(model.eval())
         with interpreted():
             parallel(images[rank : rank + 1]).square().sum().backward()
-        if rank == 0:
-            torch.save([p.grad for p in model.parameters()], Path(folder, "gradients.pt"))
+        return [p.grad for p in model.parameters()]
     finally:
         dist.destroy_process_group()
 
 
-def test_two_processes_average_their_gradients(tmp_path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
-    model, _ = make("swin_tiny")
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+def _other(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.save(_gradients(1, folder), Path(folder, "gradients.pt"))
+
+
+def test_two_processes_average_their_gradients(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    other = mp.spawn(_other, (str(tmp_path),), nprocs=1, join=False)
+    mine = _gradients(0, str(tmp_path))
+    other.join()
+    model, images = make("swin_tiny", batch=2)
     (model.eval()(images).square().sum() / 2).backward()
-    for got, p in zip(torch.load(tmp_path / "gradients.pt"), model.parameters(), strict=True):
-        assert (got - p.grad).abs().max() < 1e-4
+    theirs = torch.load(tmp_path / "gradients.pt")
+    for a, b, p in zip(mine, theirs, model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert (a - p.grad).abs().max() < 1e-4

@@ -321,3 +321,27 @@ def test_unwritten_output_is_seen(make: Callable[[Tensor], Tensor]) -> None:
             shift(x, out)
         assert np.flatnonzero(out.isnan()).tolist() == [5]
         assert torch.empty(3, dtype=torch.int32).eq(-(2**31)).all()
+
+
+@triton.jit
+def _promotion_kernel(a, b, c, out, n: tl.constexpr):
+    """float16 or int32 by turns, the same operands under several rules, addresses in two tensors at once."""
+    i = tl.arange(0, n)
+    x, y, k = tl.load(a + i), tl.load(b + i), tl.load(c + i)
+    tl.store(out + i, x * y)
+    tl.store(out + n + i, x / y)  # float32, unlike the product
+    tl.store(out + 2 * n + i, x + k)
+    tl.store(out + 3 * n + i, k * 2 + k / 2)
+    tl.store(out + 4 * n + i, tl.load(tl.where(i % 2 == 0, a, b) + i))
+
+
+def test_operands_are_promoted_by_every_rule_each_time() -> None:
+    a, b, c = torch.randn(16).half(), torch.randn(16).half(), torch.arange(16, dtype=torch.int32)
+    want = [(a * b).float(), a.float() / b.float(), (a + c.half()).float(), 2.5 * c]
+    want.append(torch.where(c % 2 == 0, a, b).float())
+    for _ in range(2):
+        out = torch.empty(5, 16)
+        with interpreted():
+            _promotion_kernel[(1,)](a, b, c, out, 16)
+        for got, wanted in zip(out, want, strict=True):
+            assert torch.equal(got, wanted)

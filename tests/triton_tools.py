@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from types import SimpleNamespace
-from typing import Any
+from types import CodeType, SimpleNamespace
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -285,9 +286,7 @@ class Meter:
 class _Semantic(TritonSemantic):
     """Triton's rules for pairs of operands, applied once to each pair of types, or of a type and a number."""
 
-    def __init__(self, builder: _Builder) -> None:
-        super().__init__(builder)
-        self.known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    known: ClassVar[dict[tuple[Any, ...], tuple[Any, ...]]] = {}
 
     def binary_op_type_checking_impl(self, lhs: Any, rhs: Any, *rules: bool, **more: bool) -> tuple[Any, Any]:
         apply = super().binary_op_type_checking_impl
@@ -335,21 +334,22 @@ def _change(before: Any, after: tl.tensor) -> tl.tensor | tl.dtype | None:
     return after.type if isinstance(before, tl.tensor) else after
 
 
+_blocks: dict[tuple[Any, ...], dict[str, Any]] = {}  # what block types of one element type and shape have
+_numpy_types: dict[str, np.dtype] = {}
+
+
 def _remember_types(stack: contextlib.ExitStack) -> None:
     """Let equal types share what they are made of."""
     make_block, unwrap = tl.block_type.__init__, tl.core._unwrap_if_constexpr
-    numpy_type = interpreter._get_np_dtype
-    blocks: dict[tuple[Any, ...], dict[str, Any]] = {}
-    numpy_types: dict[str, np.dtype] = {}
-    scalar = tl.tuple([]), tl.constexpr(1)
+    numpy_type, scalar = interpreter._get_np_dtype, (tl.tuple([]), tl.constexpr(1))
 
     def block(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
         key = (id(element_ty), *[s.value if isinstance(s, tl.constexpr) else s for s in shape])
-        if key not in blocks:
+        if key not in _blocks:
             make_block(self, element_ty, shape)
             self.made = tl.tuple([tl.constexpr(s) for s in self.shape]), tl.constexpr(self.numel)
-            blocks[key] = dict(vars(self))
-        vars(self).update(blocks[key])
+            _blocks[key] = dict(vars(self))
+        vars(self).update(_blocks[key])
 
     def tensor(self: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
         if type.is_block():
@@ -363,9 +363,9 @@ def _remember_types(stack: contextlib.ExitStack) -> None:
 
     def numpy_type_of(dtype: tl.dtype) -> np.dtype:
         name = dtype.scalar.name
-        if name not in numpy_types:
-            numpy_types[name] = numpy_type(dtype)
-        return numpy_types[name]
+        if name not in _numpy_types:
+            _numpy_types[name] = numpy_type(dtype)
+        return _numpy_types[name]
 
     def unwrapped(value: Any) -> Any:
         return value if isinstance(value, tl.tensor) else unwrap(value)
@@ -430,10 +430,7 @@ class _Interpreter:
         """The Python function of the source of `jit`, whose assignments make tensors of numbers."""
         key = (id(jit), jit.src)
         if key not in self.functions:
-            tree = interpreter.ASTTransformer().visit(ast.parse(jit.src))
-            ast.increment_lineno(ast.fix_missing_locations(tree), jit.def_file_line_number - 1)
-            flags = annotations.compiler_flag
-            code = compile(tree, jit.file_name, "exec", flags=flags, dont_inherit=True)
+            code = _code(jit.src, jit.file_name, jit.def_file_line_number)
             scope = jit.get_capture_scope()  # the globals of its module, live, unless it is a closure
             scope["interpreter_semantic"] = interpreter.interpreter_semantic
             made: dict[str, Any] = {}
@@ -454,8 +451,20 @@ class _Interpreter:
         last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
         size = (last + 1) * value.element_size() if value.numel() else 0
         self.builder.arguments.append(_Argument(name, value, start, size))
-        kind = interpreter._implicit_cvt(value).dtype
+        kind = _pointer_type(value.dtype)
         return tl.tensor(TensorHandle(np.array([start], dtype=np.uint64), kind), kind)
+
+
+@functools.cache
+def _code(source: str, file: str, line: int) -> CodeType:
+    tree = interpreter.ASTTransformer().visit(ast.parse(source))
+    ast.increment_lineno(ast.fix_missing_locations(tree), line - 1)
+    return compile(tree, file, "exec", flags=annotations.compiler_flag, dont_inherit=True)
+
+
+@functools.cache
+def _pointer_type(dtype: torch.dtype) -> tl.pointer_type:
+    return interpreter._implicit_cvt(torch.empty(0, dtype=dtype)).dtype
 
 
 _running: list[_Interpreter] = []
