@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from striate.train.measure import saved_bytes as saved_bytes
+
+
+class _LeaveUnset(TorchFunctionMode):
+    """Skip what fills tensors in place: on the meta device it changes nothing, and runs in Python."""
+
+    INITIALISERS = ("constant_", "kaiming_uniform_", "normal_", "uniform_")  # of nn.init, where they are overridable
+    STEPS = ("add_", "clamp_", "div_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_")
+    FILLING = frozenset([getattr(nn.init, n) for n in INITIALISERS] + [getattr(Tensor, n) for n in STEPS])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.FILLING:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.device.type == "meta":
+                return tensor
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def outline() -> Iterator[None]:
+    """Tensors of shapes alone, on the meta device: for what does not depend on their values."""
+    with _LeaveUnset(), torch.device("meta"):
+        yield
 
 
 def relative(got: Tensor, want: Tensor) -> float:

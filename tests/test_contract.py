@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -16,8 +17,7 @@ from timm.models._manipulate import group_parameters
 from torch import Tensor, nn
 
 import striate
-from helpers import relative, saved_bytes
-from published import PARAMETERS
+from helpers import outline, relative, saved_bytes
 from striate.backbones import Backbone, FeaturePyramid
 
 NAMES = striate.list_models()
@@ -27,56 +27,58 @@ LIGHTEST = [
     min((n for n in NAMES if FAMILY[n] == f and "cifar" not in n), key=lambda n: striate.model_info(n).params)
     for f in FAMILIES
 ]
-SPIKING = (
-    "metaspikformer",
-    "mst",
-    "qsd_transformer",
-    "spike_driven_transformer",
-    "spikformer",
-    "spikformer_v2",
-    "statten",
-)
-THRESHOLDS = ("binaryvit", "bivit", "ecoformer", "reactdeit")  # of families without spikes
+SPIKING = ["metaspikformer", "mst", "qsd_transformer", "spike_driven_transformer"]
+SPIKING += ["spikformer", "spikformer_v2", "statten"]
+THRESHOLDS = ["binaryvit", "bivit", "ecoformer", "reactdeit"]  # of families without spikes
 WITHOUT_WINDOWS = {*SPIKING, "binaryvit", "reactdeit", "ecoformer"} - {"mst"}
 SPIKES = [name for name in LIGHTEST if FAMILY[name] in SPIKING]
 TOKENS = [name for name in NAMES if name.startswith(("bivit_deit", "reactdeit"))]
-PLAIN = [
-    name
-    for name in NAMES
-    if name in ("vig_tiny", "vig_small", "vig_base")
-    or FAMILY[name].startswith(("spikformer", "spike_driven", "statten"))
-    or name in TOKENS
-]  # one stage, one level
+PLAIN = [name for name in NAMES if FAMILY[name].startswith(("spikformer", "spike_driven", "statten"))]
+PLAIN += ["vig_tiny", "vig_small", "vig_base", *TOKENS]  # one stage, one level
 # the larger ones differ in width and depth, as do the sizes of a spiking family
-WIDER = (
-    "binaryvit_small_full_precision_downsample",
-    "bivit_deit_small",
-    "bivit_swin_tiny",
-    "ecoformer_pvt_v2_b1",
-    "ecoformer_pvt_v2_b2",
-)
+WIDER = ["bivit_deit_small", "bivit_swin_tiny", "ecoformer_pvt_v2_b1", "ecoformer_pvt_v2_b2"]
+WIDER += ["binaryvit_small_full_precision_downsample"]
 LIGHT = [
     name
     for name in NAMES
     if striate.model_info(name).params < 30 and (FAMILY[name] not in SPIKING or name in SPIKES) and name not in WIDER
 ]
-# other sizes of spiking families, and the largest of any, have the same pyramids and take long
-SMALLER = [
-    name
-    for name in NAMES
-    if striate.model_info(name).params < 250 and (FAMILY[name] not in SPIKING or name in LIGHT or "cifar" in name)
-]
 # in one step, neurons of a fresh model need twice their threshold: those of attention and the classifier keep silent
 SILENT = [name for name in NAMES if FAMILY[name] in ("metaspikformer", "qsd_transformer")]
 # thresholds turn roundings into other spikes and signs
 ROUGH = [name for name in NAMES if name in SPIKES or FAMILY[name] in ("binaryvit", "bivit", "reactdeit")]
-NARROW_STAGE = dict(dim=64, num_heads=4)  # several time steps in float64 take long
-NARROW_STAGES = dict(dims=(32, 48, 64, 64), num_heads=4)
-NARROW: dict[str, Any] = {"metaspikformer": NARROW_STAGES, "qsd_transformer": NARROW_STAGES, "mst": {}}
+
+
+def each(*names: str, **arguments: Any) -> dict[str, dict[str, Any]]:
+    return dict.fromkeys(names, arguments)
+
+
+# arguments of the models in LIGHT: no test but that of the full size depends on widths
+NARROW: dict[str, dict[str, Any]] = {
+    **each("bivit_nano", num_heads=(2, 2, 4, 4)),  # of two stages
+    **each("biformer", dims=(32, 64, 96, 128)),
+    **each("binaryvit", dim=16, head_dim=16),
+    **each("bivit_deit_tiny", "reactdeit", "vig", dim=64, num_heads=2),
+    **each("crossformer", "crossformer_pp", "swin", "swinv2", dim=32, num_heads=(1, 2, 4, 8)),
+    **each("davit", "ecoformer", "vig_h_tiny", dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4)),
+    **each("maxvit", stem_dim=16, dims=(32, 64, 96, 128)),
+    **each("metaspikformer", "qsd_transformer", dims=(32, 48, 64, 64), num_heads=4),
+    **each("spike_driven_transformer", "spikformer", "spikformer_v2", "statten", dim=64, num_heads=4),
+}
+# a first and a last stage, where all others are like the first; two blocks in it where two kinds alternate
+SHORT: dict[str, dict[str, Any]] = {
+    **each("biformer", depths=(1, 1), dims=(32, 64), topks=(2, 0)),
+    **each("binaryvit", depths=(1, 1), mlp_ratios=(8, 4), reductions=(8, 1)),
+    **each("bivit", "mst", "swin", "swinv2", depths=(2, 1), num_heads=(1, 2)),
+    **each("crossformer", "crossformer_pp", depths=(2, 1), num_heads=(1, 2), group_size=(7, 7), interval=(4, 1)),
+    **each("davit", depths=(1, 1), dims=(32, 64), num_heads=(1, 2)),
+    **each("ecoformer", depths=(1, 1), dims=(32, 64), num_heads=(1, 2), mlp_ratios=(8.0, 4.0)),
+    **each("maxvit", depths=(2, 1), dims=(32, 64)),
+    **each("metaspikformer", "spike_driven_transformer", "spikformer", "spikformer_v2", "statten", timesteps=2),
+}
 PYRAMIDS = [name for name in LIGHT if name not in PLAIN]
 
 SMALL = (128, 112)  # a size that every model takes
-SHALLOW = (2, 1, 1, 1)  # for the compiler, whose time grows with the blocks, and with time steps
 ODD = (131, 119)  # divisible by no stride and no window
 
 
@@ -92,18 +94,16 @@ def _precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     torch.set_default_dtype(torch.float32)
 
 
-def make(name: str, depth: int | tuple[int, ...] = 2, **kwargs: Any) -> nn.Module:
+def make(name: str, depth: int = 2, **kwargs: Any) -> nn.Module:
     """The model with `depth` blocks in every stage: two show all kinds of blocks."""
-    depths = (depth,) * 4 if isinstance(depth, int) else depth
-    if name in SPIKES:
-        kwargs = NARROW.get(FAMILY[name], NARROW_STAGE) | kwargs
-    if name in SPIKES and depth == SHALLOW:
-        depths, kwargs = (1, 1, 1, 1), {"timesteps": 2} | kwargs
-    if name == "bivit_nano":  # of two stages
-        kwargs = {"num_heads": (2, 2, 4, 4)} | kwargs
-    if name in PLAIN:
-        depths = depths[:1]
-    return shaken(striate.create_model(name, depths=depths, **kwargs))
+    depths = (depth,) * (1 if name in PLAIN else 4)
+    narrow = NARROW.get(name, NARROW.get(FAMILY[name], {})) if name in LIGHT else {}
+    return shaken(striate.create_model(name, **{"depths": depths} | narrow | kwargs))
+
+
+def short(name: str, **kwargs: Any) -> nn.Module:
+    """The model with as few stages, blocks and time steps as show every kind, since tracing takes long for each."""
+    return make(name, 1, **SHORT.get(FAMILY[name], {}) | kwargs)
 
 
 def shaken(model: nn.Module) -> nn.Module:
@@ -155,55 +155,48 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+# three have the blocks of others in several GB; tests/test_model_table.py runs every model as it is, without numbers
+@pytest.mark.parametrize("name", [n for n in NAMES if striate.model_info(n).params < 250])
 def test_full_size(name) -> None:
-    """Parameters as published, logits, and a finite gradient for every parameter."""
-    model = striate.create_model(name)
-    info = striate.model_info(name)
-    count = sum(p.numel() for p in model.parameters())
-    assert count == PARAMETERS.get(name, count)
-    assert round(count / 1e6, 1) == info.params
+    """Finite logits and gradients at published widths; those of LIGHT have all blocks, others one of each kind."""
+    model = (
+        striate.create_model(name)
+        if name in LIGHT
+        else make(name, 2 if SHORT.get(FAMILY[name], {}).get("depths") == (2, 1) else 1)
+    )
     size = fitting(name, SMALL)
     x = image(size, batch=1)
     with torch.no_grad():
         logits = model.eval()(x)
     assert logits.shape == (1, 1000)
     assert logits.isfinite().all()
-    if info.params > 250:  # the same layers as the smaller sizes, in several times 5 GB of gradients and activations
-        return
-    for key, grad in gradients(shaken(model).train(), image(size)).items():
+    for key, grad in gradients((shaken(model) if name in LIGHT else model).train(), image(size)).items():
         assert grad is not None, key
         assert grad.isfinite().all(), key
         if not (name in SILENT and (".attn." in key or key.startswith("head."))):
             assert grad.abs().max() > 0, key
 
 
-# other sizes of spiking families, and the largest of any, have the same pyramids in more time
-@pytest.mark.parametrize(
-    "name",
-    [
-        n
-        for n in NAMES
-        if (FAMILY[n] not in SPIKING or n in LIGHT or "cifar" in n) and striate.model_info(n).params < 250
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(128, 160), ODD], ids=["divisible", "odd"])
 def test_feature_pyramid(name, size) -> None:
-    model = make(name, 1, features_only=True)
+    """Maps of the stated strides and channels; with numbers, and gradients, for the smaller models of every family."""
+    with contextlib.nullcontext() if name in LIGHT else outline():
+        model = make(name, 1, features_only=True)
+        size = fitting(name, size)
+        x = image(size)
     info = model.feature_info
-    size = fitting(name, size)
-    x = image(size)
-    maps = model(x)
+    maps = model.train(name in LIGHT)(x)
     assert info.reduction() == strides(name)
     assert [m.shape[1] for m in maps] == info.channels()
     for m, stride in zip(maps, info.reduction(), strict=True):
         assert m.shape[0] == 2
         assert m.shape[2:] == tuple(map_side(name, side, stride) for side in size)
         assert m.is_contiguous()
-    model.train()
-    for key, grad in gradients(model, x).items():
-        assert grad is not None, key
-        assert grad.isfinite().all(), key
+    if name in LIGHT:
+        for key, grad in gradients(model.train(), x).items():
+            assert grad is not None, key
+            assert grad.isfinite().all(), key
 
 
 @pytest.mark.parametrize("name", PYRAMIDS)
@@ -285,18 +278,19 @@ def test_feature_info_names_modules_that_make_the_maps(name) -> None:
 @pytest.mark.parametrize("name", LIGHTEST)
 @pytest.mark.parametrize("which", ["none", "too many", "after", "before", "empty"])
 def test_levels_out_of_range_are_an_error(name, which) -> None:
-    model = make(name, 1)
+    with outline():
+        model = make(name, 1)
     count = len(model.feature_info)
     indices = {"none": 0, "too many": count + 1, "after": [count], "before": [-count - 1], "empty": []}[which]
     with pytest.raises(ValueError, match=r"indices=.* out of range: the model has levels 0 to "):
         model.forward_intermediates(image(), indices=indices)
-    with pytest.raises(ValueError, match="out of range"):
+    with outline(), pytest.raises(ValueError, match="out of range"):
         make(name, 1, features_only=True, out_indices=indices)
 
 
 @pytest.mark.parametrize("name", LIGHTEST)
 def test_unknown_layout_is_an_error(name) -> None:
-    with pytest.raises(ValueError, match="output_fmt='NLC'; use 'NCHW' or 'NHWC'"):
+    with outline(), pytest.raises(ValueError, match="output_fmt='NLC'; use 'NCHW' or 'NHWC'"):
         make(name, 1).forward_intermediates(image(), output_fmt="NLC")
 
 
@@ -371,7 +365,8 @@ def test_grad_checkpointing_gives_equal_gradients_and_keeps_less(name) -> None:
 @pytest.mark.parametrize("name", LIGHT)
 def test_layer_decay_groups(name, pyramid) -> None:
     """The stem comes first, then every block (or stage) in order, the classifier and feature norms last."""
-    model = make(name, features_only=True, feature_norms=True) if pyramid else make(name)
+    with outline():
+        model = make(name, features_only=True, feature_norms=True) if pyramid else make(name)
     backbone = model.backbone if pyramid else model
     prefix = "backbone." if pyramid else ""
     stages = f"{prefix}{backbone.stages_name}"
@@ -400,7 +395,8 @@ def test_layer_decay_groups(name, pyramid) -> None:
 @pytest.mark.parametrize("pyramid", [False, True], ids=["classifier", "pyramid"])
 def test_optimizer_groups(name, pyramid) -> None:
     """timm's optimizer factory takes every parameter once, and spares what the model names from weight decay."""
-    model = make(name, 1, features_only=pyramid)
+    with outline():
+        model = make(name, 1, features_only=pyramid)
     spared = model.no_weight_decay()
     shapes = {key: p.shape for key, p in model.named_parameters()}
     assert spared <= shapes.keys()
@@ -436,7 +432,8 @@ def test_copies_and_pickles(name) -> None:
 
 
 @pytest.mark.parametrize("name", LIGHT)
-def test_evaluation_is_deterministic_and_sees_each_image_alone(name) -> None:
+def test_evaluation_is_deterministic_and_sees_each_image_alone(name, monkeypatch) -> None:
+    monkeypatch.setattr(striate.backbones._base, "CACHE_BYTES", 1)  # without gradients, stages see one image at a time
     model = make(name, drop_path_rate=0.5, drop_rate=0.5).eval()
     x = image(batch=3)
     with torch.no_grad():
@@ -490,7 +487,7 @@ def test_channels_last_images(name) -> None:
 @pytest.mark.parametrize("name", LIGHTEST)
 def test_compile_as_one_graph(name) -> None:
     torch.compiler.reset()
-    model = make(name, SHALLOW).eval()
+    model = short(name).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = image()
 
@@ -513,13 +510,13 @@ def test_export_for_any_batch_and_size(name) -> None:
     """One program for all sizes of which every stage has, like the example's, several windows in a row.
 
     The sizes of MaxViT's grids, quotients of quotients, are more than the solver of torch.export can compare: there
-    the batch alone is free.
+    the batch alone is free, and in families that cut and join maps with the code of another one, as sizes take long.
     """
-    model = make(name, SHALLOW, features_only=True, feature_norms=True).eval()
+    model = short(name, features_only=True, feature_norms=True).eval()
     free = torch.export.Dim.DYNAMIC
     shrink = 2 if FAMILY[name] in WITHOUT_WINDOWS else 1
     with torch.no_grad():
-        fixed = name.startswith("maxvit")
+        fixed = FAMILY[name] in ("crossformer_pp", "maxvit", "qsd_transformer", "statten", "swinv2")
         dims = {0: free} if fixed else {0: free, 2: free, 3: free}
         large, larger, odd = ((h // shrink, w // shrink) for h, w in ((264, 272), (320, 288), (257, 299)))
         program = torch.export.export(model, (image(large),), dynamic_shapes=(dims,))
@@ -585,10 +582,11 @@ def test_construction_without_memory(name) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_types_and_attributes(name) -> None:
-    model = make(name, 1)
+    with outline():
+        model, pyramid = make(name, 1), make(name, 1, features_only=True)
     info = striate.model_info(name)
     assert isinstance(model, Backbone)
-    assert isinstance(make(name, 1, features_only=True), FeaturePyramid)
+    assert isinstance(pyramid, FeaturePyramid)
     assert model.num_features == model.head_hidden_size == model.feature_info[-1]["num_chs"]
     assert model.default_cfg is model.pretrained_cfg
     assert model.pretrained_cfg["architecture"] == name
