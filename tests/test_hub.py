@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import striate
-from striate.hub import UnreachableError, factory, folders, publish
+from striate.hub import UnreachableError, factory, folders
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 SWIN = dict(dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window=4, img_size=64)
@@ -375,7 +375,7 @@ def test_a_failed_push_changes_nothing(saved: Path, monkeypatch: pytest.MonkeyPa
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(publish.safetensors.torch, "save_file", full)
+        patch.setattr(safetensors.torch, "save_file", full)
         striate.push(nano(), target)
     for stage in ("_carry_over", "_flush"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
@@ -398,7 +398,7 @@ def test_altered_values_are_noticed(saved: Path, monkeypatch: pytest.MonkeyPatch
     def corrupt(state: dict[str, torch.Tensor], *rest: Any) -> None:
         save({**state, "head.fc.bias": state["head.fc.bias"] + 1e-3}, *rest)
 
-    monkeypatch.setattr(publish.safetensors.torch, "save_file", corrupt)
+    monkeypatch.setattr(safetensors.torch, "save_file", corrupt)
     with pytest.raises(ValueError, match=r"comes back differently: 1 tensors \(head\.fc\.bias\)"):
         striate.push(nano(), f"local-dir:{saved}")
 
