@@ -19,7 +19,7 @@ from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from ._spiking import behind_spikes
+from ._spiking import behind_spikes, put_behind_spikes
 
 
 @MODELS.register_module()
@@ -28,8 +28,8 @@ class SpikeFPN(FPN):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _put_behind_spikes(self.lateral_convs)
-        _put_behind_spikes(self.fpn_convs)
+        put_behind_spikes(self.lateral_convs)
+        put_behind_spikes(self.fpn_convs)
 
 
 @MODELS.register_module()
@@ -59,7 +59,7 @@ class SharedSpike2FCBBoxHead(Shared2FCBBoxHead):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _put_behind_spikes(self.shared_fcs)
+        put_behind_spikes(self.shared_fcs)
         self.relu = nn.Identity()
 
 
@@ -72,13 +72,8 @@ class SpikeFCNMaskHead(FCNMaskHead):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _put_behind_spikes(self.convs)
+        put_behind_spikes(self.convs)
         if self.upsample is not None:
             self.upsample = behind_spikes(self.upsample)
         self.conv_logits = behind_spikes(self.conv_logits)
         self.relu = nn.Identity()
-
-
-def _put_behind_spikes(layers: nn.ModuleList) -> None:
-    for i, layer in enumerate(layers):
-        layers[i] = behind_spikes(layer)

@@ -17,7 +17,7 @@ from mmseg.models.necks import FPN
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..detection._spiking import Spikes, behind_spikes
+from ..detection._spiking import Spikes, behind_spikes, put_behind_spikes
 from ..ops import multispike
 
 
@@ -48,8 +48,7 @@ class SpikeFPN(FPN):
     def __init__(self, *args: Any, levels: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for convs in (self.lateral_convs, self.fpn_convs):
-            for i, conv in enumerate(convs):
-                convs[i] = behind_spikes(conv, neuron=_neuron(levels))
+            put_behind_spikes(convs, lambda: _neuron(levels))
 
 
 @MODELS.register_module()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mmengine.config.utils
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -95,7 +96,8 @@ def shrink(name: str, data: Path, work: Path, batch: int = 4, lr: float = 1e-3, 
         backbone = config.model.backbone
     backbone.update(copy.deepcopy(SMALL[family or name.split("/")[1]]), drop_path_rate=0.0)
     use_scope(config)
-    widths = list(MODELS.build(backbone).out_channels)
+    with torch.device("meta"):
+        widths = list(MODELS.build(backbone).out_channels)
     if "neck" in config.model:
         change(config.model, {"in_channels": _narrow, "feat_channels": _narrow, "conv_out_channels": _narrow})
         change(config.model, {"fc_out_channels": lambda old: 128, "out_channels": _narrow})

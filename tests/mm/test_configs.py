@@ -87,8 +87,7 @@ def test_builds(name, monkeypatch) -> None:
     else:
         assert list(model.backbone.out_channels) == config.model.decode_head.in_channels
         assert model.backbone.out_channels[2] == config.model.auxiliary_head.in_channels
-    spiking = name.startswith(SPIKING)
-    if spiking:
+    if name.startswith(SPIKING):
         strides: tuple[int, ...] = (4, 8, 16, 16) if "mask_rcnn" in name else (2, 4, 8, 16)
     else:
         strides = (8, 16, 32) if "retinanet" in name else (4, 8, 16, 32)
