@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "segmentation": {"ops", "backbones", "hub", "detection"},  # one adapter serves both
     "configs": set(),
 }
-MAY_USE = {"ops": {"torch", "triton", "numba", "numpy"}}  # of other people's packages; elsewhere pyproject.toml decides
+# of other people's packages; elsewhere pyproject.toml decides
+MAY_USE = {"ops": {"torch", "triton", "numba", "llvmlite", "numpy"}}
 SPLITTING = re.compile(
     r"(window|grid|block|group|patch)s?_?(partition|unpartition|reverse|split|merge|shift)|cyclic|roll"
 )

@@ -25,10 +25,11 @@ from striate.ops import (
     softmax_aware,
     unpack_signs,
 )
-from striate.ops.binary import cpu, popcount
+from striate.ops.binary import counting, cpu, popcount
 
 SIZES = [(1, 1, 1), (5, 63, 7), (6, 64, 8), (7, 65, 3), (33, 200, 129), (4, 448, 5), (70, 576, 66)]
-ENGINES: dict[str, Any] = {"popcount": popcount, "int8": None, "float": None}
+WAYS = {"fours": counting.fours, "words": counting.words}
+ENGINES = (*WAYS, "int8", "float")
 
 
 @pytest.fixture(params=["reference", *ENGINES])
@@ -36,7 +37,9 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "reference":
         monkeypatch.setenv("STRIATE_BACKEND", "reference")
         return request.param
-    monkeypatch.setattr(cpu, "_popcount", lambda: ENGINES[request.param])
+    way = WAYS.get(request.param)
+    monkeypatch.setattr(counting, "best", lambda length: way)
+    monkeypatch.setattr(cpu, "_popcount", lambda: popcount if way else None)
     monkeypatch.setattr(cpu, "_has_int8", lambda: request.param == "int8")
     return request.param
 
@@ -94,6 +97,14 @@ def test_linear_is_exact_zeros_included(m, length, n, dtype, engine) -> None:
     got = binary_linear(x, pack_signs(w), torch.ones(n, dtype=dtype))
     assert got.dtype == dtype
     assert torch.equal(got, torch.sign(x) @ w.to(dtype).T)
+
+
+@pytest.mark.parametrize("length", [236, 240, 244, 256, 300, 504, 512, 2000, 2**15 - 1])
+def test_no_counter_overflows(length, engine) -> None:
+    """Rows that agree, and rows that differ, everywhere."""
+    w = signs(3, length)
+    x = torch.cat((w, -w, torch.ones(1, length), -torch.ones(1, length))) * 0.1
+    assert torch.equal(binary_linear(x, pack_signs(w), torch.ones(3)), torch.sign(x) @ w.T)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -337,3 +348,19 @@ def test_explain() -> None:
 def test_popcount_is_a_module_with_numba() -> None:
     """What runs by default here: an absent numba would leave its path untested."""
     assert isinstance(cpu._popcount(), ModuleType)
+
+
+@pytest.mark.parametrize(
+    ("features", "length", "way"),
+    [
+        ("+sse4.2,+avx,+avx2", 2**15 - 1, counting.fours),
+        ("+sse4.2,+avx,+avx2", 2**15, counting.words),  # more than a 16-bit integer counts
+        ("+avx2,+avx512f,-avx512vpopcntdq", 64, counting.fours),
+        ("+avx2,+avx512f,+avx512vpopcntdq", 64, counting.words),
+        ("+sse4.2,+avx,-avx2", 64, counting.words),
+        ("+neon", 64, counting.words),
+    ],
+)
+def test_the_way_of_counting_follows_the_cpu(features, length, way, monkeypatch) -> None:
+    monkeypatch.setattr(counting.numba.config, "CPU_FEATURES", features)
+    assert counting.best(length) is way

@@ -28,7 +28,7 @@ _kept: MutableMapping[Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
 def packed_matmul(a: Tensor, b: Tensor, length: int) -> Tensor:
     """See `striate.ops.packed_matmul`."""
     if popcount := _popcount():
-        return popcount.matmul(a, popcount.columns(b), length)
+        return popcount.matmul(a, popcount.Weights(b, length), length)
     return reference.packed_matmul(a, b, length)
 
 
@@ -61,8 +61,8 @@ def binary_projection(
     popcount = _popcount()
     if popcount is None or x.dtype not in (torch.float32, torch.float64):
         return None
-    columns = _derived(words, "columns", lambda: popcount.columns(words))
-    y = popcount.projection(_rows(x), columns, scale, bias, _rows(shortcut.to(x.dtype)), slope, offset, shift)
+    weights = _laid_out(popcount, words, x.shape[-1])
+    y = popcount.projection(_rows(x), weights, scale, bias, _rows(shortcut.to(x.dtype)), slope, offset, shift)
     return y.view(*x.shape[:-1], len(words))
 
 
@@ -72,7 +72,7 @@ def _real_product(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None) 
 
 def _signs_product(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     if popcount := _popcount():
-        return popcount.linear(x, _derived(words, "columns", lambda: popcount.columns(words)), scale, bias)
+        return popcount.linear(x, _laid_out(popcount, words, x.shape[-1]), scale, bias)
     if not _has_int8():
         return _real_product(torch.sign(x), words, scale, bias)
     weight = _derived(words, ("int8", x.shape[-1]), lambda: _Int8Weight(words, x.shape[-1]))
@@ -92,6 +92,10 @@ class _Int8Weight:
         return torch.ops.onednn.qlinear_pointwise(
             signs, 1.0, 0, self.packed, self.ones, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
+
+
+def _laid_out(popcount: ModuleType, words: Tensor, length: int) -> Any:
+    return _derived(words, ("popcount", length), lambda: popcount.Weights(words, length))
 
 
 def _unpacked(words: Tensor, length: int, dtype: torch.dtype) -> Tensor:

@@ -1,152 +1,129 @@
 """Products of packed signs in machine code by numba, an optional package (`pip install striate[binary]`).
 
-Importing this needs numba. Words of neighbouring rows of the weights lie side by side, so that the counting of bits is
-vectorised over them; LLVM takes the best that the CPU has (`vpopcntq`, or table look-ups on AVX2).
+Importing this needs numba. A kernel takes a few rows at a time through all that it does, from the signs of the
+activations to the result, in the first-level cache; `counting.py` has the inner loop.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba.core import types
-from numba.extending import intrinsic
 from torch import Tensor
 
+from . import counting
+from .counting import ROWS
+from .intrinsics import signs_of_eight
 from .reference import WORD
 
-LEAST_WORK = 1 << 16  # word operations that are worth a thread, about 20 us
+LEAST_WORK = 1 << 17  # products of words that are worth a thread, about 20 us
 _pool: list[ThreadPoolExecutor] = []
 os.register_at_fork(after_in_child=_pool.clear)  # its threads stay behind
 
 
-@intrinsic
-def _count_bits(context: Any, word: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
+class Weights:
+    """Packed weights `(N, W)` of rows of `length` signs, laid out for the fastest way to count on this CPU."""
 
-    return types.uint64(types.uint64), generate
+    def __init__(self, words: Tensor, length: int) -> None:
+        way = counting.best(length)
+        self.columns, self.work, self.kernels = len(words), words.numel(), _kernels(way.count)
+        self.data = way.layout(words.contiguous().numpy().view(np.uint64))
 
 
-@numba.njit(nogil=True, error_model="numpy")
-def _pack(x, shift, bits, nonzero):  # type: ignore[no-untyped-def]
-    """Fill `bits` and `nonzero` `(W,)` with the signs of `x + shift` `(K,)` and where it is not 0."""
-    for w in range(len(bits)):
-        positive, present = np.uint64(0), np.uint64(0)
-        for i in range(min(WORD, len(x) - WORD * w)):
-            value = x[WORD * w + i] + shift[WORD * w + i]
-            positive |= np.uint64(value > 0) << np.uint64(i)
-            present |= np.uint64((value > 0) | (value < 0)) << np.uint64(i)
-        bits[w], nonzero[w] = positive, present
+# These take whole matrices and the number of a row: a slice is an object whose references numba counts.
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _differing_bits(bits, present, words, length, differ):  # type: ignore[no-untyped-def]
-    """Add to `differ` `(N,)` in how many bits one row and the rows of `words` `(W, N)` differ, where they count.
-
-    Returns how many bits of the row count.
-    """
-    count, columns, total = len(bits), words.shape[1], np.uint64(0)
-    for w in range(count):
-        total += _count_bits(present[w])
-    differ[:] = 0
-    if total != length:
-        for w in range(count):
-            for n in range(columns):
-                differ[n] += np.uint32(_count_bits((bits[w] ^ words[w, n]) & present[w]))
-        return total
-    w = 0
-    while w + 3 <= count:  # three at once save two of three loads and stores of `differ`
-        a, b, c = bits[w], bits[w + 1], bits[w + 2]
-        for n in range(columns):
-            differ[n] += np.uint32(
-                _count_bits(a ^ words[w, n]) + _count_bits(b ^ words[w + 1, n]) + _count_bits(c ^ words[w + 2, n])
-            )
-        w += 3
-    while w < count:
-        a = bits[w]
-        for n in range(columns):
-            differ[n] += np.uint32(_count_bits(a ^ words[w, n]))
-        w += 1
-    return total
+def _pack(x, m, shift, bits, present, r):  # type: ignore[no-untyped-def]
+    """Signs of the row `x[m] + shift`, and where it has one, as bits of the bytes `bits[r]` and `present[r]`."""
+    columns = x.shape[1]
+    whole = columns // 8
+    for i in range(whole):
+        bits[r, i], present[r, i] = signs_of_eight(x, m * columns + 8 * i, shift, 8 * i)
+    if columns > 8 * whole:
+        rest, zeros = np.zeros(8, x.dtype), np.zeros(8, x.dtype)
+        for i in range(8 * whole, columns):
+            rest[i - 8 * whole] = x[m, i] + shift[i]
+        bits[r, whole], present[r, whole] = signs_of_eight(rest, 0, zeros, 0)
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _scale(total, differ, scale, bias, out):  # type: ignore[no-untyped-def]
-    """Fill `out` `(N,)` from the numbers of differing bits of `total` ones."""
-    for n in range(len(out)):
-        out[n] = out.dtype.type(total - np.int32(2) * np.int32(differ[n])) * scale[n] + bias[n]
+def _scale(products, r, scale, bias, out, m):  # type: ignore[no-untyped-def]
+    for n in range(out.shape[1]):
+        out[m, n] = out.dtype.type(products[r, n]) * scale[n] + bias[n]
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _activate(y, shortcut, slope, offset):  # type: ignore[no-untyped-def]
-    """In place for a row `(N,)`; without a branch, so that it is vectorised."""
-    period = len(shortcut)
-    for start in range(0, len(y), period):
-        part = y[start : start + period]
+def _activate(y, shortcut, slope, offset, m):  # type: ignore[no-untyped-def]
+    """A row of `y` in place; without a branch, so that it is vectorised."""
+    period = shortcut.shape[1]
+    for start in range(0, y.shape[1], period):
         for c in range(period):
-            part[c] += shortcut[c]
-    for n in range(len(y)):
-        negative = y[n] * slope[n]
-        y[n] = (y[n] if y[n] > 0 else negative) + offset[n]
+            y[m, start + c] += shortcut[m, c]
+    for n in range(y.shape[1]):
+        negative = y[m, n] * slope[n]
+        y[m, n] = (y[m, n] if y[m, n] > 0 else negative) + offset[n]
 
 
-@numba.njit(nogil=True, error_model="numpy")
-def _linear(x, words, shift, scale, bias, out):  # type: ignore[no-untyped-def]
-    bits, nonzero = np.empty(len(words), np.uint64), np.empty(len(words), np.uint64)
-    differ = np.empty(words.shape[1], np.uint32)
-    for m in range(len(x)):
-        _pack(x[m], shift, bits, nonzero)
-        total = _differing_bits(bits, nonzero, words, x.shape[1], differ)
-        _scale(np.int32(total), differ, scale, bias, out[m])
+@functools.cache
+def _kernels(count: Any) -> SimpleNamespace:
+    """Layers and products of words around a kernel of `counting.py`."""
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def products_of_signs(x, weights, shift, first, out):  # type: ignore[no-untyped-def]
+        """Of rows `first` to `first + ROWS` of `x + shift`; those after the last are zeros."""
+        size = WORD // 8 * ((x.shape[1] + WORD - 1) // WORD)
+        bits, present = np.zeros((ROWS, size), np.uint8), np.zeros((ROWS, size), np.uint8)
+        for r in range(min(ROWS, len(x) - first)):
+            _pack(x, first + r, shift, bits, present, r)
+        return count(bits, present, weights, out, first)
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def linear(x, weights, shift, scale, bias, out):  # type: ignore[no-untyped-def]
+        for first in range(0, len(x), ROWS):
+            products = products_of_signs(x, weights, shift, first, out)
+            for r in range(min(ROWS, len(x) - first)):
+                _scale(products, r, scale, bias, out, first + r)
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def projection(x, shortcut, weights, shift, scale, bias, slope, offset, out):  # type: ignore[no-untyped-def]
+        for first in range(0, len(x), ROWS):
+            products = products_of_signs(x, weights, shift, first, out)
+            for r in range(min(ROWS, len(x) - first)):
+                _scale(products, r, scale, bias, out, first + r)
+                _activate(out, shortcut, slope, offset, first + r)
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def matmul(a, weights, present, out):  # type: ignore[no-untyped-def]
+        bits = np.zeros(present.shape, np.uint8)
+        for first in range(0, len(a), ROWS):
+            rows = min(ROWS, len(a) - first)
+            bits[:rows] = a[first : first + rows]
+            products = count(bits, present, weights, out, first)
+            out[first : first + rows] = products[:rows, : out.shape[1]]
+
+    return SimpleNamespace(linear=linear, projection=projection, matmul=matmul)
 
 
-@numba.njit(nogil=True, error_model="numpy")
-def _projection(x, shortcut, words, shift, scale, bias, slope, offset, out):  # type: ignore[no-untyped-def]
-    bits, nonzero = np.empty(len(words), np.uint64), np.empty(len(words), np.uint64)
-    differ = np.empty(words.shape[1], np.uint32)
-    for m in range(len(x)):
-        _pack(x[m], shift, bits, nonzero)
-        total = _differing_bits(bits, nonzero, words, x.shape[1], differ)
-        _scale(np.int32(total), differ, scale, bias, out[m])
-        _activate(out[m], shortcut[m], slope, offset)
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _matmul(a, words, length, out):  # type: ignore[no-untyped-def]
-    present = np.empty(words.shape[0], np.uint64)
-    for w in range(len(present)):
-        count = min(WORD, length - WORD * w)
-        present[w] = ~np.uint64(0) >> np.uint64(WORD - count)
-    differ = np.empty(words.shape[1], np.uint32)
-    for m in range(len(a)):
-        _differing_bits(a[m], present, words, length, differ)
-        for n in range(len(differ)):
-            out[m, n] = np.int32(length) - np.int32(2) * np.int32(differ[n])
-
-
-def columns(words: Tensor) -> np.ndarray:
-    """Words `(N, W)` as the kernels read them, `(W, N)`."""
-    return np.ascontiguousarray(words.numpy().view(np.uint64).T)
-
-
-def linear(x: Tensor, words: np.ndarray, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`sign(x) W^T * scale + bias` in the dtype of `x` `(M, K)`, float32 or float64; words `(W, N)`."""
-    out = x.new_empty(len(x), words.shape[1])
+def linear(x: Tensor, weights: Weights, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`sign(x) W^T * scale + bias` in the dtype of `x` `(M, K)`, float32 or float64."""
     bias = torch.zeros_like(scale) if bias is None else bias
-    _in_threads(_linear, (x,), (words, *_arrays(x.new_zeros(x.shape[1]), scale, bias)), out)
+    out = x.new_empty(len(x), weights.columns)
+    _in_threads(weights.kernels.linear, weights, (x,), _arrays(x.new_zeros(x.shape[1]), scale, bias), out)
     return out
 
 
 def projection(
     x: Tensor,
-    words: np.ndarray,
+    weights: Weights,
     scale: Tensor,
     bias: Tensor,
     shortcut: Tensor,
@@ -154,17 +131,19 @@ def projection(
     offset: Tensor,
     shift: Tensor | None,
 ) -> Tensor:
-    """See `striate.ops.binary_projection`; `x` `(M, K)`, words `(W, N)`, shortcut `(M, C)`."""
-    out = x.new_empty(len(x), words.shape[1])
+    """See `striate.ops.binary_projection`; `x` `(M, K)`, shortcut `(M, C)`."""
+    out = x.new_empty(len(x), weights.columns)
     shift = x.new_zeros(x.shape[1]) if shift is None else shift.to(x.dtype)
-    _in_threads(_projection, (x, shortcut), (words, *_arrays(shift, scale, bias, slope, offset)), out)
+    _in_threads(weights.kernels.projection, weights, (x, shortcut), _arrays(shift, scale, bias, slope, offset), out)
     return out
 
 
-def matmul(a: Tensor, words: np.ndarray, length: int) -> Tensor:
-    """`a` `(M, W)` times words `(W, N)`: `(M, N)` int32."""
-    out = torch.empty(len(a), words.shape[1], dtype=torch.int32)
-    _in_threads(_matmul, (a.view(torch.uint64),), (words, length), out)
+def matmul(a: Tensor, weights: Weights, length: int) -> Tensor:
+    """Words `a` `(M, W)` times weights: `(M, N)` int32."""
+    out = torch.empty(len(a), weights.columns, dtype=torch.int32)
+    present = np.packbits(np.arange(a.shape[1] * WORD) < length, bitorder="little")
+    present = np.broadcast_to(present, (ROWS, len(present))).copy()
+    _in_threads(weights.kernels.matmul, weights, (a.contiguous().view(torch.uint8),), (present,), out)
     return out
 
 
@@ -172,15 +151,20 @@ def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
     return tuple(t.detach().contiguous().numpy() for t in tensors)
 
 
-def _in_threads(kernel: Callable[..., None], rows: Sequence[Tensor], others: Sequence[Any], out: Tensor) -> None:
-    """Run `kernel(*rows, *others, out)` on some rows in each of PyTorch's number of threads; `others[0]` are words."""
-    threads = max(1, min(torch.get_num_threads(), len(out) * others[0].size // LEAST_WORK))
-    bounds = [len(out) * i // threads for i in range(threads + 1)]
-    if not _pool or _pool[0]._max_workers < threads - 1:
-        _pool[:] = [ThreadPoolExecutor(max(1, threads - 1), "striate-popcount")]
+def _in_threads(
+    kernel: Callable[..., None], weights: Weights, rows: Sequence[Tensor], others: Sequence[Any], out: Tensor
+) -> None:
+    """Run `kernel(*rows, weights, *others, out)` on some rows in each of PyTorch's number of threads."""
+    threads = max(1, min(torch.get_num_threads(), len(out) * weights.work // LEAST_WORK))
     arrays, result = _arrays(*rows), out.numpy()
+    if threads == 1:
+        kernel(*arrays, weights.data, *others, result)
+        return
+    bounds = [len(out) * i // threads for i in range(threads + 1)]
     parts = [slice(first, last) for first, last in itertools.pairwise(bounds)]
-    calls = [(*(array[part] for array in arrays), *others, result[part]) for part in parts]
+    calls = [(*(array[part] for array in arrays), weights.data, *others, result[part]) for part in parts]
+    if not _pool or _pool[0]._max_workers < threads - 1:
+        _pool[:] = [ThreadPoolExecutor(threads - 1, "striate-popcount")]
     rest = [_pool[0].submit(kernel, *call) for call in calls[1:]]
     kernel(*calls[0])
     for future in rest:
