@@ -94,7 +94,7 @@ class BinaryProjection(nn.Module):
         scale, bias = self._folded(scale)
         y = F.linear(binary_sign(x), signs) * scale + bias
         y = y + torch.cat([shortcut] * (y.shape[-1] // shortcut.shape[-1]), -1)
-        return torch.where(y > 0, y, y * self.rprelu.weight) + self.rprelu.move2
+        return F.prelu(y.flatten(0, -2), self.rprelu.weight).view_as(y) + self.rprelu.move2
 
     def _folded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and bias `(out_dim,)` of weights with `scale`, the norm and the first shift of the activation."""

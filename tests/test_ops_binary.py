@@ -37,10 +37,11 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "reference":
         monkeypatch.setenv("STRIATE_BACKEND", "reference")
         return request.param
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 4000)  # a few rows of the matrices here
     way = WAYS.get(request.param)
     monkeypatch.setattr(counting, "best", lambda length: way)
     monkeypatch.setattr(cpu, "_popcount", lambda: popcount if way else None)
-    monkeypatch.setattr(cpu, "_has_int8", lambda: request.param == "int8")
+    monkeypatch.setattr(cpu, "_takes_int8", lambda rows: rows > 0 and request.param == "int8")
     return request.param
 
 
@@ -348,6 +349,15 @@ def test_explain() -> None:
 def test_popcount_is_a_module_with_numba() -> None:
     """What runs by default here: an absent numba would leave its path untested."""
     assert isinstance(cpu._popcount(), ModuleType)
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows", "takes"),
+    [("AVX2", 127, False), ("AVX2", 128, True), ("AVX512", 1, True), ("AVX512", 0, False)],
+)
+def test_few_rows_are_multiplied_as_floats_where_that_is_faster(capability, rows, takes, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert cpu._takes_int8(rows) == takes
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
 """Eager products of packed signs on a CPU.
 
 With numba, bits are counted. Without it, signs are multiplied as 8-bit integers by oneDNN, which is fast on CPUs that
-have instructions for that (VNNI, AMX), and as floating-point numbers where PyTorch is built without oneDNN. Both keep
-an unpacked copy of the weights, as do products of binary weights and real numbers, for as long as the words exist.
+have instructions for that (VNNI, AMX), and as floating-point numbers where that is faster or there is no oneDNN. Both
+keep an unpacked copy of the weights, as do products of binary weights and real numbers, as long as the words exist.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +22,8 @@ from .. import _backend
 from . import reference
 from .reference import affine, unpack_signs
 
+CHUNK_BYTES = 1 << 19  # passed over at once per thread
+FEW_ROWS = 128  # for fewer, oneDNN without AVX-512 spends more time on the layout of the weights than it saves
 _kept: MutableMapping[Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
 
 
@@ -58,11 +60,17 @@ def binary_projection(
     shift: Tensor | None,
 ) -> Tensor | None:
     """See `striate.ops.binary_projection`; None where it is better composed of other operators."""
-    popcount = _popcount()
-    if popcount is None or x.dtype not in (torch.float32, torch.float64):
+    if x.dtype not in (torch.float32, torch.float64) or not len(words):
         return None
-    weights = _laid_out(popcount, words, x.shape[-1])
-    y = popcount.projection(_rows(x), weights, scale, bias, _rows(shortcut.to(x.dtype)), slope, offset, shift)
+    rows, shortcuts = _rows(x), _rows(shortcut.to(x.dtype))
+    if popcount := _popcount():
+        weights = _laid_out(popcount, words, x.shape[-1])
+        y = popcount.projection(rows, weights, scale, bias, shortcuts, slope, offset, shift)
+    else:
+        with _backend.no_autocast(x):
+            y = _scaled_product(rows, words, scale, shift)
+        for part in _pieces(y):
+            y[part] = reference.activate(y[part].add_(bias), shortcuts[part], slope, offset)
     return y.view(*x.shape[:-1], len(words))
 
 
@@ -73,11 +81,26 @@ def _real_product(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None) 
 def _signs_product(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     if popcount := _popcount():
         return popcount.linear(x, _laid_out(popcount, words, x.shape[-1]), scale, bias)
-    if not _has_int8():
-        return _real_product(torch.sign(x), words, scale, bias)
+    y = _scaled_product(x, words, scale)
+    return y if bias is None else y.add_(bias)
+
+
+def _scaled_product(x: Tensor, words: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """`sign(x + shift) W^T * scale`, rounded once, by PyTorch alone."""
+    whole = _takes_int8(len(x))
+    signs = torch.empty_like(x, dtype=torch.int8 if whole else x.dtype)
+    for part in _pieces(x):
+        signs[part] = torch.sign(x[part] if shift is None else x[part] + shift)
+    if not whole:
+        return _real_product(signs, words, scale, None)
     weight = _derived(words, ("int8", x.shape[-1]), lambda: _Int8Weight(words, x.shape[-1]))
-    products = weight.products(torch.sign(x).to(torch.int8)).to(x.dtype).mul_(scale)
-    return products if bias is None else products.add_(bias)
+    return weight.products(signs, scale) if x.dtype == torch.float32 else weight.products(signs).to(x.dtype).mul_(scale)
+
+
+def _pieces(rows: Tensor) -> Iterator[slice]:
+    """Slices of rows that stay in the caches while several operators pass over them."""
+    step = max(1, CHUNK_BYTES * torch.get_num_threads() // max(1, rows.shape[1] * rows.itemsize))
+    return (slice(first, first + step) for first in range(0, len(rows), step))
 
 
 class _Int8Weight:
@@ -87,10 +110,11 @@ class _Int8Weight:
         self.packed = torch.ops.onednn.qlinear_prepack(unpack_signs(words, length, torch.int8), None)
         self.ones, self.zeros = torch.ones(len(words)), torch.zeros(len(words), dtype=torch.int64)
 
-    def products(self, signs: Tensor) -> Tensor:
-        """Of int8 `(M, K)`: `(M, N)` float32, exact."""
+    def products(self, signs: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Of int8 `(M, K)`: `(M, N)` float32, exact, and rounded once after `scale` `(N,)` float32."""
+        scale = self.ones if scale is None else scale.contiguous()
         return torch.ops.onednn.qlinear_pointwise(
-            signs, 1.0, 0, self.packed, self.ones, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            signs, 1.0, 0, self.packed, scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
 
 
@@ -111,8 +135,11 @@ def _derived(words: Tensor, name: Any, make: Callable[[], Any]) -> Any:
     return values[name][1]
 
 
-def _has_int8() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+def _takes_int8(rows: int) -> bool:
+    """Whether products of so many rows of 8-bit integers can be had, and are faster than those of float32."""
+    if not rows or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    return rows >= FEW_ROWS or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 @functools.cache

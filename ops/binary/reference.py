@@ -49,7 +49,7 @@ def affine(dots: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 def activate(y: Tensor, shortcut: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """`prelu(y + shortcut) + offset`; changes `y` `(..., N)`."""
     y.unflatten(-1, (-1, shortcut.shape[-1])).add_(shortcut.unsqueeze(-2))
-    return torch.where(y > 0, y, y * slope).add_(offset)
+    return F.prelu(y.view(-1, y.shape[-1]), slope).view_as(y).add_(offset)
 
 
 class NoGradient(torch.autograd.Function):
