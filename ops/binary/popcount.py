@@ -106,9 +106,13 @@ def _kernels(count: Any) -> SimpleNamespace:
         bits = np.zeros(present.shape, np.uint8)
         for first in range(0, len(a), ROWS):
             rows = min(ROWS, len(a) - first)
-            bits[:rows] = a[first : first + rows]
+            for r in range(rows):
+                for i in range(a.shape[1]):
+                    bits[r, i] = a[first + r, i]
             products = count(bits, present, weights, out, first)
-            out[first : first + rows] = products[:rows, : out.shape[1]]
+            for r in range(rows):
+                for n in range(out.shape[1]):
+                    out[first + r, n] = products[r, n]
 
     return SimpleNamespace(linear=linear, projection=projection, matmul=matmul)
 
