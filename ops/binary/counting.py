@@ -1,8 +1,8 @@
 """Two ways to multiply packed signs, in machine code by numba: the number of signs less twice that of differing ones.
 
-Each has a layout for the weights and a kernel `count(bits, present, weights, out, first)`: `bits` and `present` are
-`(ROWS, 8 W)` bytes, the signs of ROWS rows and which of them count; it returns the products `(ROWS, N or more)`.
-`out[first:]` is where the caller will write next.
+Each has a layout for the weights and a kernel `count(bits, present, rows, weights, out, first)`: `bits` and `present`
+are `(ROWS, 8 W)` bytes, the signs of `rows` rows and which of them count; it returns the products `(ROWS, N or more)`,
+the first `rows` of them filled. `out[first:]` is where the caller will write next.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .intrinsics import (
     take_twice,
 )
 
-ROWS = 4  # at once: with two vectors of columns each, they leave 8 of AVX2's 16 registers
+ROWS = 8  # at once: twice what the registers hold, so that weights come from the second-level cache half as often
 COLUMNS = 64
-GROUPS = 60  # of four signs, whose differing bits a byte can count
+GROUPS = 63  # of four signs, threes of them, whose differing bits a byte can count
 LINE = 64  # bytes of a cache line
 
 
@@ -49,12 +49,12 @@ def _count_row(words, r):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _count_words(bits, present, weights, out, first):  # type: ignore[no-untyped-def]
+def _count_words(bits, present, rows, weights, out, first):  # type: ignore[no-untyped-def]
     """Words of 64 signs by `vpopcntq` where the CPU has it, else by what LLVM makes of it."""
     count, columns = weights.shape
     a, p = bits.view(np.uint64), present.view(np.uint64)
     products = np.empty((ROWS, columns), np.int32)
-    for r in range(ROWS):
+    for r in range(rows):
         total = _count_row(p, r)
         for n in range(columns):
             products[r, n] = total
@@ -85,16 +85,15 @@ def _count_words(bits, present, weights, out, first):  # type: ignore[no-untyped
 _present, _signs, _weights = np.indices((16, 16, 16), np.uint8)
 _differ = sum(((_signs ^ _weights) & _present) >> i & 1 for i in range(4))
 TABLES = np.stack((_differ, 16 * _differ))
-SECOND = _differ.size
 
 
 def _fours_in_columns(words: np.ndarray) -> np.ndarray:
     """`(N, W)` -> `(N / 64, groups, 64)`: four signs of a column in a byte, 64 columns side by side.
 
-    Groups come by threes, and so in sixes, since a word has 16. The first and the second 16 of 32 columns alternate.
+    Groups come by threes. The first and the second 16 of 32 columns alternate.
     """
     given, pairs = 16 * words.shape[1], words.view(np.uint8)
-    groups = -(-given // 6) * 6
+    groups = -(-given // 3) * 3
     fours = np.zeros((-(-len(words) // COLUMNS) * COLUMNS, groups), np.uint8)
     fours[: len(words), :given:2], fours[: len(words), 1:given:2] = pairs & 15, pairs >> 4
     fours = fours.reshape(-1, 2, 2, 16, groups).transpose(0, 4, 1, 3, 2)
@@ -102,45 +101,48 @@ def _fours_in_columns(words: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _fill_tables(bits, present, begin, end, tables):  # type: ignore[no-untyped-def]
-    """Fill `tables` `(2, GROUPS, 16)`, each for two rows, with those of bytes `begin` to `end`."""
-    for r in range(2):
-        to = r * GROUPS * 16
-        for i in range(begin, end):
-            if i < bits.shape[1]:
-                a, p = np.intp(bits[2 * r, i]), np.intp(present[2 * r, i])
-                b, q = np.intp(bits[2 * r + 1, i]), np.intp(present[2 * r + 1, i])
-            else:
-                a = p = b = q = 0
-            low, high = 16 * (a & 15) + 256 * (p & 15), 16 * (b & 15) + 256 * (q & 15)
-            add_tables(tables, to, TABLES, low, SECOND + high)
-            low, high = 16 * (a >> 4) + 256 * (p >> 4), 16 * (b >> 4) + 256 * (q >> 4)
-            add_tables(tables, to + 16, TABLES, low, SECOND + high)
-            to += 32
+def _numbers_of_tables(bits, present, numbers):  # type: ignore[no-untyped-def]
+    """Fill `numbers` `(ROWS, groups)`: which table each group of each row takes."""
+    for r in range(ROWS):
+        for i in range(bits.shape[1]):
+            numbers[r, 2 * i] = (bits[r, i] & np.uint8(15)) | (present[r, i] << np.uint8(4))
+            numbers[r, 2 * i + 1] = (bits[r, i] >> np.uint8(4)) | (present[r, i] & np.uint8(240))
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _look_up(tables, weights, at, groups, products, n):  # type: ignore[no-untyped-def]
-    """Take from 64 columns of `products` `(ROWS, N)` from `n`; their `groups` of weights begin at `at`.
+def _copy_tables(numbers, begin, groups, tables):  # type: ignore[no-untyped-def]
+    """Fill `tables` `(ROWS / 2, GROUPS, 16)`, each for two rows, for some `groups` from `begin`."""
+    for pair in range(ROWS // 2):
+        for g in range(groups):
+            first = np.intp(numbers[2 * pair, begin + g])
+            second = np.intp(numbers[2 * pair + 1, begin + g])
+            add_tables(tables, (pair * GROUPS + g) * 16, TABLES, 16 * first, 16 * (256 + second))
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _look_up(tables, r, weights, at, groups, products, n):  # type: ignore[no-untyped-def]
+    """Take from four rows and 64 columns of `products` `(ROWS, N)` from `r, n`; their weights begin at `at`.
 
     A look-up does two rows, 256 signs. Three of its bytes, with a row in each half, are added up before a half
     overflows. The sums of the lower rows follow from all sums, and those of the upper halves.
     """
     a0, a1, b0, b1 = no_bytes(), no_bytes(), no_bytes(), no_bytes()
     upper_a0, upper_a1, upper_b0, upper_b1 = no_bytes(), no_bytes(), no_bytes(), no_bytes()
-    row = GROUPS * 16
+    pair = GROUPS * 16
+    start = r // 2 * pair
     for first in range(0, groups, 3):
         c0, c1, d0, d1 = no_bytes(), no_bytes(), no_bytes(), no_bytes()
         for g in range(first, first + 3):
             w0, w1 = load(weights, at + COLUMNS * g), load(weights, at + COLUMNS * g + 32)
-            table = load_twice(tables, 16 * g)
+            table = load_twice(tables, start + 16 * g)
             c0, c1 = plus_looked_up(c0, table, w0), plus_looked_up(c1, table, w1)
-            table = load_twice(tables, 16 * g + row)
+            table = load_twice(tables, start + pair + 16 * g)
             d0, d1 = plus_looked_up(d0, table, w0), plus_looked_up(d1, table, w1)
         a0, a1, b0, b1 = plus(a0, c0), plus(a1, c1), plus(b0, d0), plus(b1, d1)
         upper_a0, upper_a1 = plus(upper_a0, sixteenth(c0)), plus(upper_a1, sixteenth(c1))
         upper_b0, upper_b1 = plus(upper_b0, sixteenth(d0)), plus(upper_b1, sixteenth(d1))
     columns = products.shape[1]
+    n += r * columns
     take_twice(products, n, n + columns, a0, upper_a0)
     take_twice(products, n + 32, n + 32 + columns, a1, upper_a1)
     take_twice(products, n + 2 * columns, n + 3 * columns, b0, upper_b0)
@@ -148,25 +150,27 @@ def _look_up(tables, weights, at, groups, products, n):  # type: ignore[no-untyp
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _count_fours(bits, present, weights, out, first):  # type: ignore[no-untyped-def]
+def _count_fours(bits, present, rows, weights, out, first):  # type: ignore[no-untyped-def]
     """Groups of four signs by look-ups in tables of 16 entries, which live in registers (AVX2)."""
     blocks, groups = weights.shape[0], weights.shape[1]
     products = np.empty((ROWS, blocks * COLUMNS), np.int16)
     words = present.view(np.uint64)
-    for r in range(ROWS):
+    for r in range(rows):
         total = _count_row(words, r)
         for n in range(blocks * COLUMNS):
             products[r, n] = total
-    tables = np.empty((2, GROUPS, 16), np.uint8)
+    numbers, tables = np.zeros((ROWS, groups), np.uint8), np.empty((ROWS // 2, GROUPS, 16), np.uint8)
+    _numbers_of_tables(bits, present, numbers)
     for begin in range(0, groups, GROUPS):
         here = min(GROUPS, groups - begin)
-        _fill_tables(bits, present, begin // 2, (begin + here) // 2, tables)
+        _copy_tables(numbers, begin, here, tables)
         for n in range(blocks):
             if begin == 0:
-                for r in range(ROWS):
+                for r in range(rows):
                     for i in range(0, COLUMNS, LINE // out.itemsize):
                         expect_write(out, (first + r) * out.shape[1] + COLUMNS * n + i)
-            _look_up(tables, weights, (n * groups + begin) * COLUMNS, here, products, COLUMNS * n)
+            for r in range(0, rows, 4):
+                _look_up(tables, r, weights, (n * groups + begin) * COLUMNS, here, products, COLUMNS * n)
     return products
 
 

@@ -38,9 +38,8 @@ def binary_linear(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, 
     """See `striate.ops.binary_linear`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     rows, scale, bias = _rows(x).to(wide), scale.to(wide), None if bias is None else bias.to(wide)
-    with _backend.no_autocast(x):
-        multiply = _signs_product if binary_input else _real_product
-        y = multiply(rows, words, scale, bias) if len(rows) else rows.new_empty(0, len(words))
+    multiply = _signs_product if binary_input else _real_product
+    y = multiply(rows, words, scale, bias) if len(rows) else rows.new_empty(0, len(words))
     return y.to(x.dtype).view(*x.shape[:-1], len(words))
 
 
@@ -67,15 +66,15 @@ def binary_projection(
         weights = _laid_out(popcount, words, x.shape[-1])
         y = popcount.projection(rows, weights, scale, bias, shortcuts, slope, offset, shift)
     else:
-        with _backend.no_autocast(x):
-            y = _scaled_product(rows, words, scale, shift)
+        y = _scaled_product(rows, words, scale, shift)
         for part in _pieces(y):
             y[part] = reference.activate(y[part].add_(bias), shortcuts[part], slope, offset)
     return y.view(*x.shape[:-1], len(words))
 
 
 def _real_product(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return affine(F.linear(x, _unpacked(words, x.shape[-1], x.dtype)), scale, bias)
+    with _backend.no_autocast(x):
+        return affine(F.linear(x, _unpacked(words, x.shape[-1], x.dtype)), scale, bias)
 
 
 def _signs_product(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -79,12 +79,13 @@ def _kernels(count: Any) -> SimpleNamespace:
 
     @numba.njit(nogil=True, error_model="numpy")
     def products_of_signs(x, weights, shift, first, out):  # type: ignore[no-untyped-def]
-        """Of rows `first` to `first + ROWS` of `x + shift`; those after the last are zeros."""
+        """Of rows `first` to `first + ROWS` of `x + shift`, as far as there are."""
         size = WORD // 8 * ((x.shape[1] + WORD - 1) // WORD)
         bits, present = np.zeros((ROWS, size), np.uint8), np.zeros((ROWS, size), np.uint8)
-        for r in range(min(ROWS, len(x) - first)):
+        rows = min(ROWS, len(x) - first)
+        for r in range(rows):
             _pack(x, first + r, shift, bits, present, r)
-        return count(bits, present, weights, out, first)
+        return count(bits, present, rows, weights, out, first)
 
     @numba.njit(nogil=True, error_model="numpy")
     def linear(x, weights, shift, scale, bias, out):  # type: ignore[no-untyped-def]
@@ -109,7 +110,7 @@ def _kernels(count: Any) -> SimpleNamespace:
             for r in range(rows):
                 for i in range(a.shape[1]):
                     bits[r, i] = a[first + r, i]
-            products = count(bits, present, weights, out, first)
+            products = count(bits, present, rows, weights, out, first)
             for r in range(rows):
                 for n in range(out.shape[1]):
                     out[first + r, n] = products[r, n]
