@@ -32,6 +32,18 @@ GROUPS = 63  # of four signs, threes of them, whose differing bits a byte can co
 LINE = 64  # bytes of a cache line
 
 
+@numba.njit(nogil=True, error_model="numpy")
+def _start(present, rows, products):  # type: ignore[no-untyped-def]
+    """Fill rows of `products` with how many signs count: what the products are if none differ."""
+    words = present.view(np.uint64)
+    for r in range(rows):
+        total = np.int32(0)
+        for w in range(words.shape[1]):
+            total += np.int32(count_ones(words[r, w]))
+        for n in range(products.shape[1]):
+            products[r, n] = total
+
+
 # ------------------------------------------------------------------------------------------- instructions for counting
 
 
@@ -41,23 +53,13 @@ def _words_in_columns(words: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _count_row(words, r):  # type: ignore[no-untyped-def]
-    total = np.int32(0)
-    for w in range(words.shape[1]):
-        total += np.int32(count_ones(words[r, w]))
-    return total
-
-
-@numba.njit(nogil=True, error_model="numpy")
 def _count_words(bits, present, rows, weights, out, first):  # type: ignore[no-untyped-def]
     """Words of 64 signs by `vpopcntq` where the CPU has it, else by what LLVM makes of it."""
     count, columns = weights.shape
     a, p = bits.view(np.uint64), present.view(np.uint64)
     products = np.empty((ROWS, columns), np.int32)
+    _start(present, rows, products)
     for r in range(rows):
-        total = _count_row(p, r)
-        for n in range(columns):
-            products[r, n] = total
         w = 0
         while w + 3 <= count:  # three at once save two of three loads and stores of the products
             a0, a1, a2, p0, p1, p2 = a[r, w], a[r, w + 1], a[r, w + 2], p[r, w], p[r, w + 1], p[r, w + 2]
@@ -150,15 +152,19 @@ def _look_up(tables, r, weights, at, groups, products, n):  # type: ignore[no-un
 
 
 @numba.njit(nogil=True, error_model="numpy")
+def _expect_columns(out, first, rows, n):  # type: ignore[no-untyped-def]
+    """Have the cache lines of 64 columns from `n` at hand when they are written."""
+    for r in range(rows):
+        for i in range(0, COLUMNS, LINE // out.itemsize):
+            expect_write(out, (first + r) * out.shape[1] + n + i)
+
+
+@numba.njit(nogil=True, error_model="numpy")
 def _count_fours(bits, present, rows, weights, out, first):  # type: ignore[no-untyped-def]
     """Groups of four signs by look-ups in tables of 16 entries, which live in registers (AVX2)."""
     blocks, groups = weights.shape[0], weights.shape[1]
     products = np.empty((ROWS, blocks * COLUMNS), np.int16)
-    words = present.view(np.uint64)
-    for r in range(rows):
-        total = _count_row(words, r)
-        for n in range(blocks * COLUMNS):
-            products[r, n] = total
+    _start(present, rows, products)
     numbers, tables = np.zeros((ROWS, groups), np.uint8), np.empty((ROWS // 2, GROUPS, 16), np.uint8)
     _numbers_of_tables(bits, present, numbers)
     for begin in range(0, groups, GROUPS):
@@ -166,9 +172,7 @@ def _count_fours(bits, present, rows, weights, out, first):  # type: ignore[no-u
         _copy_tables(numbers, begin, here, tables)
         for n in range(blocks):
             if begin == 0:
-                for r in range(rows):
-                    for i in range(0, COLUMNS, LINE // out.itemsize):
-                        expect_write(out, (first + r) * out.shape[1] + COLUMNS * n + i)
+                _expect_columns(out, first, rows, COLUMNS * n)
             for r in range(0, rows, 4):
                 _look_up(tables, r, weights, (n * groups + begin) * COLUMNS, here, products, COLUMNS * n)
     return products
